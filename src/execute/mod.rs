@@ -1,0 +1,129 @@
+//! Executing one admitted call: the invocation in, the outcome out.
+
+use std::{
+    os::fd::OwnedFd,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+
+use crate::{
+    jail::{
+        message::Refusal,
+        plan::{Control, Mode, TemplateId},
+    },
+    names::{Digest, RunId},
+    units::{Limit, MilliCpus},
+};
+
+/// Everything an executor needs; decided, nothing left to look up.
+#[derive(Debug)]
+pub struct Invocation {
+    /// The run's id.
+    pub run: RunId,
+    /// The set and template of the policy in force.
+    pub policy_set: Digest,
+    /// Which template of it.
+    pub template: TemplateId,
+    /// Direct or jail (container: a later issue).
+    pub mode: Mode,
+    /// The sealed executable; shared by all runs of the same artifact.
+    pub executable: std::sync::Arc<OwnedFd>,
+    /// Its size in bytes.
+    pub executable_size: u64,
+    /// For `#!` programs: the interpreter.
+    pub interpreter: Option<String>,
+    /// argv, complete.
+    pub argv: Vec<String>,
+    /// Environment, complete.
+    pub environment: Vec<(String, String)>,
+    /// Standard input.
+    pub input: Bytes,
+    /// Wall clock of the run.
+    pub timeout: Limit<Duration>,
+    /// Tighter than the policy's memory limit, if asked for.
+    pub memory: Option<u64>,
+    /// Tighter than the policy's cpus limit, if asked for.
+    pub cpus: Option<MilliCpus>,
+    /// Bytes of stdout; more ends the run.
+    pub output_limit: Limit<u64>,
+    /// Bytes of the stderr tail that are kept.
+    pub stderr_limit: Limit<u64>,
+}
+
+/// What happened, in the contract's words and order of precedence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // CONTRACT: Verdict
+pub enum Verdict {
+    Exited,
+    Signalled,
+    TimedOut,
+    CpuTimeExceeded,
+    OutOfMemory,
+    OutputExceeded,
+    SyscallDenied,
+    Cancelled,
+    Refused,
+    Failed,
+    Completed,
+}
+
+/// A run that was started, and how it went.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// By the kernel's word.
+    pub verdict: Verdict,
+    /// Of the first process; 0 where it did not exit.
+    pub exit_code: i32,
+    /// That ended the first process; 0 for none.
+    pub signal: i32,
+    /// Captured stdout, up to the limit.
+    pub stdout: Bytes,
+    /// There was more stdout than that.
+    pub stdout_truncated: bool,
+    /// The tail of stderr.
+    pub stderr: Bytes,
+    /// There was more stderr than that.
+    pub stderr_truncated: bool,
+    /// When the program was told to start.
+    pub started: SystemTime,
+    /// Launch to start.
+    pub setup: Duration,
+    /// Start to end.
+    pub wall: Duration,
+    /// CPU of the whole tree.
+    pub user: Duration,
+    /// CPU of the whole tree.
+    pub system: Duration,
+    /// Peak memory of the whole tree.
+    pub memory_peak: u64,
+    /// Peak tasks.
+    pub pids_peak: u32,
+    /// Controls really in force.
+    pub enforced: Vec<Control>,
+    /// The deadly call.
+    pub denied_syscall: String,
+    /// Calls answered with an error.
+    pub refused_syscalls: Vec<String>,
+    /// For `Failed`: `host_memory` or `internal`, and a sentence.
+    pub failure: Option<(&'static str, String)>,
+}
+
+/// Why there is no [`Outcome`].
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ExecuteError {
+    /// The launcher did not start it.
+    #[error("not started: {0:?}")]
+    Refused(Refusal),
+    /// The launcher died under the run, or isn't there.
+    #[error("the launcher was lost")]
+    LauncherLost,
+    /// Something in this process failed.
+    #[error("{what}: {error}")]
+    Internal {
+        /// What was being done.
+        what: &'static str,
+        /// The error's text.
+        error: String,
+    },
+}

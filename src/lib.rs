@@ -1,0 +1,14 @@
+//! `dispatcher`: a hardened service that runs the binary you send it.
+//!
+//! The binary (`src/main.rs`) is a thin shell around this library.
+//! ARCHITECTURE.md is the map.
+
+pub mod config;
+pub mod execute;
+pub mod jail;
+pub mod names;
+pub mod policy;
+pub mod server;
+pub mod sys;
+pub mod units;
+pub mod wire;

@@ -1,0 +1,3 @@
+//! All that strangers talk to: the gRPC service.
+
+pub mod message;
