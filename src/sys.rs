@@ -6,7 +6,8 @@ use std::{
     ffi::CStr,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    ptr,
 };
 
 use rustix::net::{
@@ -120,4 +121,330 @@ pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Res
 pub unsafe fn inherited_fd(fd: i32) -> OwnedFd {
     // SAFETY: the caller vouches for it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+// What follows runs in cloned children too: only system calls, no allocation.
+
+/// Ends this process at once: no destructor, no exit handler.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit(2) touches none of our memory.
+    unsafe { libc::_exit(code) }
+}
+
+/// fork(2) without the C library's handlers: 0 in the child.
+///
+/// # Errors
+/// Those of clone(2).
+pub fn fork() -> io::Result<i32> {
+    // SAFETY: without CLONE_VM the child has a copy of everything; callers are
+    // single-threaded and the child makes only system calls.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::SIGCHLD,
+            ptr::null::<u8>(),
+            ptr::null::<u8>(),
+            ptr::null::<u8>(),
+            0,
+        )
+    };
+    check(pid).map(|pid| pid as i32)
+}
+
+/// unshare(2) of a process with one thread.
+///
+/// # Errors
+/// Those of unshare(2).
+pub fn unshare(namespaces: rustix::thread::UnshareFlags) -> io::Result<()> {
+    // SAFETY: the unsound case is unsharing the table of descriptors or the
+    // file system attributes of a thread; namespaces are neither.
+    Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// dup3(2) with close-on-exec; `from` may equal `to`, which then gets that flag.
+///
+/// # Errors
+/// Those of dup(2).
+pub fn dup_to(from: RawFd, to: RawFd) -> io::Result<()> {
+    if from == to {
+        return set_close_on_exec(from, true);
+    }
+    // SAFETY: plain numbers; callers own both.
+    check(unsafe { libc::dup3(from, to, libc::O_CLOEXEC) }.into()).map(drop)
+}
+
+/// dup2(2): the copy survives exec.
+///
+/// # Errors
+/// Those of dup(2).
+pub fn dup_to_inherited(from: RawFd, to: RawFd) -> io::Result<()> {
+    if from == to {
+        return set_close_on_exec(from, false);
+    }
+    // SAFETY: plain numbers; callers own both.
+    check(unsafe { libc::dup2(from, to) }.into()).map(drop)
+}
+
+fn set_close_on_exec(fd: RawFd, on: bool) -> io::Result<()> {
+    let flag = if on { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: plain numbers; callers own the descriptor.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, flag) }.into()).map(drop)
+}
+
+/// close(2) of a bare number.
+///
+/// # Errors
+/// Those of close(2).
+pub fn close(fd: RawFd) -> io::Result<()> {
+    // SAFETY: callers hand over a number that nothing else refers to.
+    check(unsafe { libc::close(fd) }.into()).map(drop)
+}
+
+/// close_range(2) of `first..=last`.
+///
+/// # Errors
+/// Those of close_range(2).
+pub fn close_range(first: u32, last: u32) -> io::Result<()> {
+    if first > last {
+        return Ok(());
+    }
+    // SAFETY: callers own every descriptor of the range.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+}
+
+/// Blocks every signal, sigprocmask(2).
+///
+/// # Errors
+/// Those of sigprocmask(2).
+pub fn block_all_signals() -> io::Result<()> {
+    set_signal_mask(true)
+}
+
+/// Every signal back to its default, none blocked: what exec should start from.
+///
+/// # Errors
+/// Those of sigprocmask(2).
+pub fn default_signals() -> io::Result<()> {
+    // The kernel's own `struct sigaction`: SIG_DFL, no flags, no mask. Not the
+    // C library's call: that one hides the two signals it keeps for itself.
+    let default = [0_u64; 4];
+    for signal in 1..=64 {
+        // SAFETY: the structure outlives the call; no handler is installed.
+        // KILL and STOP answer EINVAL: they are always at their default.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                ptr::null::<u8>(),
+                8_usize,
+            )
+        };
+    }
+    set_signal_mask(false)
+}
+
+fn set_signal_mask(all: bool) -> io::Result<()> {
+    // The kernel's own set: 64 bits.
+    let mask: u64 = if all { u64::MAX } else { 0 };
+    // SAFETY: the mask outlives the call and is as long as said.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const mask,
+            ptr::null::<u8>(),
+            8_usize,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// A non-blocking signalfd(2) for SIGCHLD, which must be blocked.
+///
+/// # Errors
+/// Those of signalfd(2).
+pub fn child_signal_fd() -> io::Result<OwnedFd> {
+    let mask: u64 = 1 << (libc::SIGCHLD - 1);
+    // SAFETY: the mask outlives the call and is as long as said.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_signalfd4,
+            -1,
+            &raw const mask,
+            8_usize,
+            libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
+        )
+    };
+    let fd = check(fd)? as RawFd;
+    // SAFETY: the kernel just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Empties a signalfd.
+pub fn drain_signal_fd(fd: BorrowedFd<'_>) {
+    let mut info = [0; 128];
+    while rustix::io::read(fd, &mut info).is_ok_and(|read| read > 0) {}
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code.
+    Exited(i32),
+    /// By this signal.
+    Signalled(i32),
+}
+
+/// waitid(2) for any child: its pid and end.
+pub fn wait_any(options: rustix::process::WaitIdOptions) -> Option<(i32, Ended)> {
+    // SAFETY: all-zero is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: info outlives the call.
+    let result = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options.bits() as i32) };
+    // SAFETY: waitid filled in the fields of a child's end, or left them zero.
+    let pid = unsafe { info.si_pid() };
+    if result != 0 || pid == 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
+    let ended = if info.si_code == libc::CLD_EXITED {
+        Ended::Exited(status)
+    } else {
+        Ended::Signalled(status)
+    };
+    Some((pid, ended))
+}
+
+/// Receives one packet and at most `fds.len()` descriptors (close-on-exec),
+/// without allocating: the packet's length and the number of descriptors.
+///
+/// # Errors
+/// Those of recvmsg(2); EMSGSIZE for a packet or descriptors that did not fit.
+pub fn receive_raw(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    fds: &mut [RawFd],
+) -> io::Result<(usize, usize)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(bytes)];
+        match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    let mut count = 0;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            for fd in rights {
+                let Some(slot) = fds.get_mut(count) else {
+                    return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+                };
+                *slot = std::os::fd::IntoRawFd::into_raw_fd(fd);
+                count += 1;
+            }
+        }
+    }
+    Ok((received.bytes, count))
+}
+
+/// Sends one packet with at most one descriptor given by number.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn send_one_fd(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<RawFd>) -> io::Result<()> {
+    match fd {
+        Some(fd) => {
+            // SAFETY: the caller holds it open over this call.
+            let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+            send_packet(socket, bytes, &[borrowed])
+        }
+        None => send_packet(socket, bytes, &[]),
+    }
+}
+
+/// execveat(2) of the file that `fd` itself is; returns only on failure.
+///
+/// # Safety
+/// `argv` and `envp` must be null-terminated arrays of pointers to
+/// NUL-terminated strings.
+pub unsafe fn execveat(
+    fd: RawFd,
+    argv: *const *const libc::c_char,
+    envp: *const *const libc::c_char,
+) -> io::Error {
+    // SAFETY: the caller vouches for the vectors; the empty path is a constant.
+    unsafe {
+        libc::syscall(libc::SYS_execveat, fd, c"".as_ptr(), argv, envp, libc::AT_EMPTY_PATH);
+    }
+    io::Error::last_os_error()
+}
+
+/// A private mapping, unmapped by nobody: its process execs or exits.
+#[derive(Debug)]
+pub struct Mapping {
+    start: *mut u8,
+    length: usize,
+}
+
+impl Mapping {
+    /// Maps the first `length` bytes of a sealed file for reading.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn read_only(fd: RawFd, length: usize) -> io::Result<Self> {
+        Self::new(length, libc::PROT_READ, libc::MAP_PRIVATE, fd)
+    }
+
+    /// Maps zeroed memory.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn anonymous(length: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        Self::new(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+    }
+
+    fn new(length: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<Self> {
+        // An empty mapping is an error to mmap, but not to us.
+        let mapped = length.max(1);
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(ptr::null_mut(), mapped, protection, flags, fd, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { start: start.cast(), length })
+    }
+
+    /// Its bytes. The file must be at least as long as was said, and sealed:
+    /// reading beyond its end is SIGBUS.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped for reading, never unmapped, and nobody changes a sealed file.
+        unsafe { std::slice::from_raw_parts(self.start, self.length) }
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
+        self.start
+    }
+
+    /// Stores an address in slot `index` of an anonymous mapping.
+    ///
+    /// # Panics
+    /// Outside the mapping.
+    pub fn set_address(&self, index: usize, address: usize) {
+        assert!((index + 1) * size_of::<usize>() <= self.length);
+        let slot = self.start.cast::<usize>().wrapping_add(index);
+        // SAFETY: inside the mapping, aligned as mappings are, and ours alone.
+        unsafe { slot.write(address) }
+    }
+}
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

@@ -154,6 +154,11 @@ pub enum FromLauncher {
         /// How.
         end: Box<End>,
     },
+    /// What was left of a quarantined run is gone; it no longer counts.
+    Released {
+        /// Which.
+        run: RunId,
+    },
 }
 
 /// Why the launcher did not start a run.
@@ -244,6 +249,7 @@ pub struct End {
     pub memory_peak: u64,
     /// Peak tasks of the run, init excluded.
     pub pids_peak: u32,
-    /// Teardown hung (a task in D): its uid and cgroup are kept aside.
+    /// Teardown hung (a task in D): its uid and cgroup are kept aside, and it
+    /// counts until [`FromLauncher::Released`].
     pub quarantined: bool,
 }

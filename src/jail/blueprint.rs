@@ -1,0 +1,159 @@
+//! One run, decided: everything init needs, made before the clone.
+//!
+//! A [`Blueprint`] is what `plan::Template` and `message::Launch` come to on
+//! this host. `build` decides it; `init` only carries it out, so nothing here
+//! may need allocation, lookup or judgement later.
+
+use std::ffi::CString;
+
+use rustix::{process::Resource, thread::UnshareFlags};
+
+use super::{plan::Mode, seccomp::filter::Instruction, step::Fault};
+
+/// The uid and gid of the program inside its user namespace.
+pub const INSIDE_ID: u32 = 65534;
+
+/// The uid and gid of init inside it, where the launcher is root.
+pub const INSIDE_INIT_ID: u32 = 65533;
+
+/// Most pieces a root may be made of.
+pub const PIECES_MAX: usize = 256;
+
+/// Everything init needs.
+#[derive(Debug)]
+pub struct Blueprint {
+    /// Direct or jail.
+    pub mode: Mode,
+    /// Namespaces made by clone3; in a jail made by root, all but the user namespace.
+    pub outer_namespaces: u64,
+    /// Namespaces entered after the root is built, while it still takes privilege.
+    pub inner_namespaces: UnshareFlags,
+    /// Whether init asks for its maps right after the clone (an unprivileged
+    /// launcher: the user namespace comes first) instead of after `inner_namespaces`.
+    pub maps_first: bool,
+    /// Whether setgroups(2) may and must be called.
+    pub clear_groups: bool,
+    /// What the program becomes, as numbered in the namespace that is then current.
+    pub program_id: (u32, u32),
+    /// What init becomes, likewise.
+    pub init_id: (u32, u32),
+    /// The jail's file system; `None` in direct mode.
+    pub root: Option<RootPlan>,
+    /// The host name shown; `None` without a uts namespace.
+    pub host_name: Option<CString>,
+    /// Bring up lo.
+    pub loopback: bool,
+    /// An open `/proc/sys/vm/memfd_noexec` to write to; `None`: not used.
+    pub memfd_noexec: Option<i32>,
+    /// The Landlock ruleset to build; `None` where the kernel has no Landlock.
+    pub landlock: Option<super::landlock::Ruleset>,
+    /// Resource limits, soft and hard alike.
+    pub rlimits: Vec<(Resource, u64)>,
+    /// The highest capability number this kernel knows.
+    pub last_capability: u8,
+    /// Capabilities that the program keeps, as a bit set.
+    pub keep_capabilities: u64,
+    /// The system call filter; `None` in direct mode.
+    pub filter: Option<Filter>,
+    /// Where the executable goes: at or above the hard RLIMIT_NOFILE.
+    pub exec_fd: i32,
+    /// Where the program's copy of the control socket goes: `exec_fd + 1`.
+    pub control_fd: i32,
+    /// How the executable is started.
+    pub exec: Exec,
+    /// A step that fails on purpose.
+    pub fault: Fault,
+}
+
+/// A compiled filter and whether its denials go to the launcher.
+#[derive(Debug)]
+pub struct Filter {
+    /// The program.
+    pub instructions: std::rc::Rc<[Instruction]>,
+    /// Ask for a listener. Off where another tracer holds it: then deadly calls kill.
+    pub notify: bool,
+}
+
+/// How the executable is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exec {
+    /// execveat(2) of the sealed memfd itself.
+    Memfd,
+    /// Direct mode: by memfd-exec, which makes a memfd of its own from this many bytes.
+    Copy(u64),
+    /// The interpreter at this path, inside the root; argv names the script.
+    Interpreter(CString),
+}
+
+/// A jail's root, piece by piece.
+#[derive(Debug)]
+pub struct RootPlan {
+    /// Bytes the root's own tmpfs may hold.
+    pub size: CString,
+    /// Whether device nodes can be made (root) or must be borrowed from the host.
+    pub make_devices: bool,
+    /// What /tmp is mounted with; `None` for no /tmp.
+    pub tmp: Option<TmpPlan>,
+    /// In the order they are put in place.
+    pub pieces: Vec<Piece>,
+}
+
+/// A private /tmp.
+#[derive(Debug)]
+pub struct TmpPlan {
+    /// `size=` in bytes.
+    pub size: CString,
+    /// `nr_inodes=`.
+    pub inodes: CString,
+    /// Whether its files can be executed.
+    pub exec: bool,
+}
+
+/// Something put into the root. Paths are relative to it, without `..`.
+#[derive(Debug)]
+pub enum Piece {
+    /// A directory; there already is fine.
+    Directory(CString),
+    /// A symbolic link.
+    Symlink {
+        /// Its content.
+        content: CString,
+        /// Where.
+        path: CString,
+    },
+    /// A small read-only file with this content.
+    File {
+        /// Where.
+        path: CString,
+        /// Its content.
+        content: Vec<u8>,
+    },
+    /// The `#!` executable, copied from this descriptor.
+    Script {
+        /// Where.
+        path: CString,
+        /// The sealed memfd.
+        source: i32,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A host path.
+    Bind(BindPiece),
+}
+
+/// A host path shown in the root.
+#[derive(Debug)]
+pub struct BindPiece {
+    /// On the host, absolute.
+    pub source: CString,
+    /// In the root.
+    pub target: CString,
+    /// Whether it is a directory; otherwise a file is made to mount on.
+    pub directory: bool,
+    /// Mount attributes, mount_setattr(2).
+    pub attributes: u64,
+    /// A user namespace for an idmapped mount.
+    pub idmap: Option<i32>,
+    /// A missing source, or one that vanished, is no error.
+    pub optional: bool,
+}

@@ -1,0 +1,150 @@
+//! Checking what the server asks for against the template.
+//!
+//! The server parses what strangers send; if one of them captures it, this is
+//! what stands between it and the host. Nothing here believes the server: it
+//! can get what a loaded template gives, and no more.
+
+use std::{collections::BTreeSet, os::fd::AsFd, time::Duration};
+
+use super::{
+    message::{CALL_BLOB_MAX, Launch, LaunchFds, SCRIPT_PATH},
+    plan::{Mode, Template},
+};
+use crate::units::{Limit, MilliCpus};
+
+/// A launch that keeps within its template: the limits that hold for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checked {
+    /// Bytes of memory.
+    pub memory: Limit<u64>,
+    /// Share of processor time.
+    pub cpus: Limit<MilliCpus>,
+    /// Wall clock.
+    pub timeout: Option<Duration>,
+    /// Bytes of the call memfd.
+    pub call_len: u32,
+}
+
+/// Environment names that the dispatcher itself sets on every call.
+const FIXED_NAMES: [&str; 5] = [
+    "DISPATCHER_NAMESPACE",
+    "DISPATCHER_SERVICE",
+    "DISPATCHER_METHOD",
+    "DISPATCHER_INPUT_TYPE",
+    "GRPC_INPUT_DATA",
+];
+
+/// Checks a launch and its descriptors.
+///
+/// # Errors
+/// A sentence on what was wrong; it goes to `Refusal::Invalid`.
+pub fn check(launch: &Launch, fds: &LaunchFds, template: &Template) -> Result<Checked, String> {
+    if launch.mode == Mode::Container || !template.modes.contains(&launch.mode) {
+        return Err(format!("mode {} is not one of the policy's", launch.mode));
+    }
+    let limits = &template.limits;
+    match launch.timeout {
+        Some(timeout) if !limits.timeout.allows(timeout) => {
+            return Err("timeout is over the policy's".into());
+        }
+        None if limits.timeout.finite().is_some() => return Err("timeout is missing".into()),
+        _ => {}
+    }
+    if launch.memory.is_some_and(|memory| !limits.memory.allows(memory)) {
+        return Err("memory is over the policy's".into());
+    }
+    if launch.cpus.is_some_and(|cpus| !limits.cpus.allows(cpus)) {
+        return Err("cpus is over the policy's".into());
+    }
+    check_executable(launch, fds, template)?;
+    let call = read_call(fds)?;
+    check_call(launch, template, &call)?;
+    Ok(Checked {
+        memory: limits.memory.tightened(launch.memory),
+        cpus: limits.cpus.tightened(launch.cpus),
+        timeout: launch.timeout,
+        call_len: call.len() as u32,
+    })
+}
+
+fn check_executable(launch: &Launch, fds: &LaunchFds, template: &Template) -> Result<(), String> {
+    let size = sealed_size(&fds.executable).map_err(|why| format!("the executable {why}"))?;
+    if size != launch.executable_size {
+        return Err("the executable has another size than was said".into());
+    }
+    if !template.limits.artifact_size.allows(size) {
+        return Err("the executable is larger than the policy allows".into());
+    }
+    match &launch.interpreter {
+        Some(path) if !template.interpreters.contains(path) => {
+            Err("the interpreter is not one of the policy's".into())
+        }
+        Some(_) if launch.mode == Mode::Direct => {
+            Err("a script needs a jail: direct mode has no place to show it".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The size of a memfd that nobody can change any more.
+fn sealed_size(fd: impl AsFd) -> Result<u64, String> {
+    use rustix::fs::SealFlags;
+    let needed = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    let seals = rustix::fs::fcntl_get_seals(&fd).map_err(|_| "is not a memfd".to_owned())?;
+    if !seals.contains(needed) {
+        return Err("is not sealed".into());
+    }
+    let stat = rustix::fs::fstat(&fd).map_err(|error| format!("can't be examined: {error}"))?;
+    Ok(stat.st_size as u64)
+}
+
+fn read_call(fds: &LaunchFds) -> Result<Vec<u8>, String> {
+    let size = sealed_size(&fds.call).map_err(|why| format!("the call {why}"))?;
+    if size as usize > CALL_BLOB_MAX {
+        return Err("argv and environment are too long".into());
+    }
+    let mut bytes = vec![0; size as usize];
+    let mut at = 0;
+    while at < bytes.len() {
+        match rustix::io::pread(&fds.call, &mut bytes[at..], at as u64) {
+            Ok(0) => return Err("the call is shorter than it says".into()),
+            Ok(read) => at += read,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(format!("the call can't be read: {error}")),
+        }
+    }
+    Ok(bytes)
+}
+
+fn check_call(launch: &Launch, template: &Template, call: &[u8]) -> Result<(), String> {
+    let strings: Vec<&[u8]> = match call.split_last() {
+        Some((0, rest)) => rest.split(|byte| *byte == 0).collect(),
+        Some(_) => return Err("the call does not end with a NUL".into()),
+        None => Vec::new(),
+    };
+    let argc = launch.argc as usize;
+    if argc == 0 || argc.checked_add(launch.envc as usize) != Some(strings.len()) {
+        return Err("the call has another number of strings than was said".into());
+    }
+    let (argv, environment) = strings.split_at(argc);
+    if let Some(interpreter) = &launch.interpreter
+        && argv.get(..2) != Some(&[interpreter.as_bytes(), SCRIPT_PATH.as_bytes()])
+    {
+        return Err("a script's argv must begin with its interpreter and path".into());
+    }
+    let mut seen = BTreeSet::new();
+    for entry in environment {
+        let text = std::str::from_utf8(entry).map_err(|_| "an environment entry isn't UTF-8")?;
+        let (name, value) = text.split_once('=').ok_or("an environment entry has no `=`")?;
+        if !seen.insert(name) {
+            return Err(format!("environment {name:?} is given twice"));
+        }
+        let allowed = FIXED_NAMES.contains(&name)
+            || template.environment_allow.iter().any(|allowed| allowed == name)
+            || template.environment.get(name).is_some_and(|set| set == value);
+        if !allowed {
+            return Err(format!("environment {name:?} is not allowed by the policy"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,225 @@
+//! Who a run is: host uids of its own, id maps, capabilities.
+
+use std::{fs, io, os::fd::OwnedFd};
+
+use rustix::{
+    fs::{Gid, Uid},
+    thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets},
+};
+
+use super::blueprint::{INSIDE_ID, INSIDE_INIT_ID};
+use crate::sys;
+
+/// The two host uids (and equal gids) of one run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostIds {
+    /// The program's.
+    pub program: u32,
+    /// Init's: another, so that the program can do nothing to it.
+    pub init: u32,
+    slot: u32,
+}
+
+/// Hands out host uids; no two runs have one in common at the same time.
+///
+/// A pair goes back only when its run's cgroup was seen empty: a survivor
+/// would otherwise share the next run's uid.
+#[derive(Debug)]
+pub struct IdPool {
+    first: u32,
+    free: Vec<u32>,
+}
+
+impl IdPool {
+    /// Over `range`, both ends included. Its last uid is the server's own.
+    #[must_use]
+    pub fn new((first, last): (u32, u32)) -> Self {
+        let slots = last.saturating_sub(first) / 2;
+        // Popped from the end: the lowest first.
+        Self { first, free: (0..slots).rev().collect() }
+    }
+
+    /// A pair, or `None` when all are in use.
+    pub fn take(&mut self) -> Option<HostIds> {
+        let slot = self.free.pop()?;
+        let program = self.first + 2 * slot;
+        Some(HostIds { program, init: program + 1, slot })
+    }
+
+    /// Gives a pair back.
+    pub fn give_back(&mut self, ids: HostIds) {
+        debug_assert!(!self.free.contains(&ids.slot), "given back twice");
+        self.free.push(ids.slot);
+    }
+}
+
+/// How the ids inside a run's user namespace map to the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdMap {
+    /// By a privileged launcher: program and init to two ids of the run's own.
+    Own(HostIds),
+    /// By an unprivileged one: `inside` is its own uid and gid, user_namespaces(7).
+    Launcher {
+        /// The id inside.
+        inside: (u32, u32),
+    },
+}
+
+/// Writes uid_map and gid_map of a process that waits in a new user namespace.
+///
+/// # Errors
+/// Those of writing the files: EPERM where the launcher may not map these ids.
+pub fn write_maps(pid: i32, map: IdMap) -> io::Result<()> {
+    let (uids, gids) = match map {
+        IdMap::Own(ids) => {
+            let lines = format!("{INSIDE_ID} {} 1\n{INSIDE_INIT_ID} {} 1\n", ids.program, ids.init);
+            (lines.clone(), lines)
+        }
+        IdMap::Launcher { inside: (uid, gid) } => {
+            // An unprivileged gid map is only taken where setgroups is off for good.
+            fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
+            let own_uid = rustix::process::geteuid().as_raw();
+            let own_gid = rustix::process::getegid().as_raw();
+            (format!("{uid} {own_uid} 1\n"), format!("{gid} {own_gid} 1\n"))
+        }
+    };
+    fs::write(format!("/proc/{pid}/uid_map"), uids)?;
+    fs::write(format!("/proc/{pid}/gid_map"), gids)
+}
+
+/// A user namespace that maps the on-disk ids `owner` to the run's program:
+/// what an idmapped mount is made with, mount_setattr(2).
+///
+/// # Errors
+/// Those of clone(2) and of writing the maps.
+pub fn idmap_namespace(owner: (u32, u32), program: u32) -> io::Result<OwnedFd> {
+    let (parent, child) = sys::seqpacket_pair()?;
+    // SAFETY: the launcher has one thread, and the child only waits and exits.
+    let cloned = unsafe { super::namespaces::clone(libc::CLONE_NEWUSER as u64, None) }?;
+    let (pid, pidfd) = match cloned {
+        super::namespaces::Cloned::Child => {
+            // Our copy of the parent's end must go, or we would never see it close.
+            drop(parent);
+            let mut byte = [0];
+            // Whether the read fails or ends, there is nothing left to do but go.
+            rustix::io::read(&child, &mut byte).ok();
+            sys::exit_now(0)
+        }
+        super::namespaces::Cloned::Parent(pid, pidfd) => (pid, pidfd),
+    };
+    drop(child);
+    let made = map_and_open(pid, owner, program);
+    drop(parent); // the child exits
+    rustix::process::waitid(
+        rustix::process::WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)),
+        rustix::process::WaitIdOptions::EXITED,
+    )?;
+    made
+}
+
+fn map_and_open(pid: i32, (uid, gid): (u32, u32), program: u32) -> io::Result<OwnedFd> {
+    fs::write(format!("/proc/{pid}/uid_map"), format!("{uid} {program} 1\n"))?;
+    fs::write(format!("/proc/{pid}/gid_map"), format!("{gid} {program} 1\n"))?;
+    Ok(fs::File::open(format!("/proc/{pid}/ns/user"))?.into())
+}
+
+/// Changes all user and group ids and clears the supplementary groups. Only
+/// system calls.
+///
+/// # Errors
+/// Those of setgroups(2), setresgid(2), setresuid(2).
+pub fn become_user(uid: u32, gid: u32, clear_groups: bool) -> io::Result<()> {
+    if clear_groups {
+        rustix::thread::set_thread_groups(&[])?;
+    }
+    // The group first: afterwards we may not any more.
+    let gid = Gid::from_raw(gid);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    let uid = Uid::from_raw(uid);
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
+}
+
+/// Before [`become_user`]: nothing but `keep` can ever be gained again, by
+/// exec or by changes of uid, capabilities(7). Only system calls.
+///
+/// # Errors
+/// Those of prctl(2): it takes CAP_SETPCAP.
+pub fn limit_capabilities(last: u8, keep: u64) -> io::Result<()> {
+    rustix::thread::clear_ambient_capability_set()?;
+    for number in 0..=last {
+        if keep & (1 << number) == 0 {
+            drop_from_bounding_set(number)?;
+        }
+    }
+    // Without the fix-up, leaving uid 0 takes no capability away: what is left
+    // is decided by `drop_capabilities` alone, whichever uid we come from.
+    rustix::thread::set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+            | CapabilitiesSecureBits::KEEP_CAPS_LOCKED,
+    )?;
+    Ok(())
+}
+
+/// After [`become_user`]: takes every capability but `keep` out of every set.
+/// Only system calls.
+///
+/// # Errors
+/// Those of capset(2) and prctl(2).
+pub fn drop_capabilities(last: u8, keep: u64) -> io::Result<()> {
+    let kept = CapabilitySet::from_bits_retain(keep);
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: kept, permitted: kept, inheritable: kept },
+    )?;
+    for number in (0..=last).filter(|number| keep & (1 << number) != 0) {
+        raise_ambient(number)?;
+    }
+    Ok(())
+}
+
+fn drop_from_bounding_set(number: u8) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn raise_ambient(number: u8) -> io::Result<()> {
+    let raise = libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong;
+    // SAFETY: plain numbers.
+    match unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, libc::c_ulong::from(number), 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The highest capability number that this kernel knows.
+///
+/// # Errors
+/// Those of reading `/proc/sys/kernel/cap_last_cap`.
+pub fn last_capability() -> io::Result<u8> {
+    let text = fs::read_to_string("/proc/sys/kernel/cap_last_cap")?;
+    text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_runs_share_an_id_and_the_last_is_kept_for_the_server() {
+        let mut pool = IdPool::new((1000, 1006));
+        let taken: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
+        let mut ids: Vec<_> = taken.iter().flat_map(|ids| [ids.program, ids.init]).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [1000, 1001, 1002, 1003, 1004, 1005]);
+        pool.give_back(taken[1]);
+        assert_eq!(pool.take(), Some(taken[1]));
+        assert_eq!(pool.take(), None);
+    }
+}

@@ -1,0 +1,315 @@
+//! `dispatch-init`: PID 1 of each run, and the process that becomes the program.
+//!
+//! # Theory of operation
+//!
+//! The launcher clones init into new namespaces. Init builds the root, enters
+//! the user namespace, and forks a second process. That one gives up every
+//! privilege and waits for the program's descriptors; when they come it locks
+//! itself in (Landlock, seccomp) and execs. Init gives up its privileges too,
+//! as another user, and from then on only reaps and reports.
+//!
+//! Everything here runs in a copy of the launcher made by clone3(2): until
+//! exec there are **only system calls**: no allocation, lock, log, drop of
+//! shared things, or panic. What they need was decided in the [`Blueprint`].
+//! A step that fails is reported by number and errno, and the process exits:
+//! with init the whole pid namespace goes.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, RawFd},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags},
+    process::{DumpableBehavior, Resource, Rlimit, Signal, WaitIdOptions},
+};
+
+use super::{
+    blueprint::Blueprint,
+    identity, mounts, namespaces, program,
+    step::{Report, Step, StepError, word},
+};
+use crate::sys;
+
+/// Where init keeps the control socket once the run is built.
+const CONTROL: RawFd = 3;
+
+/// What both processes of a run carry through their steps.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub blueprint: &'a Blueprint,
+    pub control: BorrowedFd<'a>,
+}
+
+impl Context<'_> {
+    /// Turns a system call's result into a step's, injecting a fault where one is set.
+    pub(super) fn at<T, E: Into<io::Error>>(
+        &self,
+        step: Step,
+        result: Result<T, E>,
+    ) -> Result<T, StepError> {
+        if self.blueprint.fault.hits(step) {
+            return Err(StepError { step, index: 0, errno: libc::EIO });
+        }
+        result.map_err(|error| StepError {
+            step,
+            index: 0,
+            errno: error.into().raw_os_error().unwrap_or(libc::EIO),
+        })
+    }
+
+    /// Tells the launcher. If it is gone, so are we in a moment.
+    pub(super) fn report(&self, report: Report) -> io::Result<()> {
+        sys::send_packet(self.control, &report.encode(), &[])
+    }
+
+    /// Reports the failure and ends this process, and with init the run.
+    pub(super) fn fail(&self, error: StepError) -> ! {
+        // The launcher sees the end even where it can't be told why.
+        drop(self.report(Report::Failed(error)));
+        sys::exit_now(1)
+    }
+}
+
+/// Runs in the child of `namespaces::clone`. `control` is its end of the run's
+/// control socket; `keep` are the descriptors it needs, in ascending order,
+/// `control` among them.
+pub fn main(blueprint: &Blueprint, control: RawFd, keep: &[RawFd]) -> ! {
+    // SAFETY: the launcher made this descriptor for us and `keep` has it.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(control) };
+    let context = Context { blueprint, control: borrowed };
+    // First of all: a copy of another run's socket kept here would hide that
+    // run's end of file from it.
+    if let Err(error) = context.at(Step::CloseFds, close_all_but(keep)) {
+        context.fail(error);
+    }
+    match build(context) {
+        Ok(program) => supervise(context, program),
+        Err(error) => context.fail(error),
+    }
+}
+
+/// Closes everything but 0 and `keep`; 1 and 2 become what 0 is: /dev/null.
+fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+    sys::dup_to_inherited(0, 1)?;
+    sys::dup_to_inherited(0, 2)?;
+    let mut first = 3;
+    for fd in keep {
+        let fd = *fd as u32;
+        if first < fd {
+            sys::close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    sys::close_range(first, u32::MAX)
+}
+
+/// The numbered list. Returns the pid of the process that becomes the program.
+fn build(context: Context<'_>) -> Result<i32, StepError> {
+    let blueprint = context.blueprint;
+    // 1. Its name, and the signal that tells of ended children.
+    context.at(Step::Attributes, rustix::thread::set_name(c"dispatch-init"))?;
+    context.at(Step::Attributes, sys::block_all_signals())?;
+    rustix::process::umask(rustix::fs::Mode::empty());
+
+    // 2. Wait until the launcher has put us into our cgroups: whatever we use
+    //    from here on is the run's.
+    expect(context, word::JOINED)?;
+
+    // 3. Without privilege, the user namespace is already there and unmapped.
+    //    An undumpable process's /proc files are root's: the launcher, which is
+    //    no more than our user, could not write the maps (again undumpable in 12).
+    if blueprint.maps_first {
+        context.at(
+            Step::Attributes,
+            rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable),
+        )?;
+        ask_for_maps(context)?;
+    }
+
+    // 4. The cgroup namespace takes the cgroup we are in for its root: after 2.
+    if blueprint.root.is_some() {
+        context.at(Step::CgroupNamespace, sys::unshare(rustix::thread::UnshareFlags::NEWCGROUP))?;
+    }
+
+    // 5. No executable memfd in this pid namespace, sysctl/vm.rst: writing takes
+    //    CAP_SYS_ADMIN over the namespace, so before 9.
+    if let Some(sysctl) = blueprint.memfd_noexec {
+        // SAFETY: the launcher keeps this descriptor open; it is only borrowed.
+        let sysctl = unsafe { BorrowedFd::borrow_raw(sysctl) };
+        context.at(Step::MemfdNoexec, rustix::io::write(sysctl, b"2"))?;
+    }
+
+    // 6. The out-of-memory killer shall take the program's processes, never us:
+    //    they inherit 1000, we go back to 0 (in 12). Through the host's /proc: before 7.
+    let oom_score = context.at(Step::Attributes, open_oom_score())?;
+    context.at(Step::Attributes, rustix::io::write(&oom_score, b"1000"))?;
+
+    // 7. The root. From here on the host's files are out of reach.
+    if let Some(root) = &blueprint.root {
+        mounts::enter_new_root(root, blueprint.fault)?;
+    }
+
+    // 8. Host name and loopback take capabilities over the namespaces they are
+    //    in: before 9 where those belong to the launcher's user namespace,
+    //    after it where they are made inside.
+    let made_inside = blueprint.inner_namespaces.contains(rustix::thread::UnshareFlags::NEWUTS);
+    if !made_inside {
+        name_and_connect(context)?;
+    }
+
+    // 9. The user namespace, and what must belong to it.
+    if !blueprint.inner_namespaces.is_empty() {
+        context.at(Step::UserNamespace, sys::unshare(blueprint.inner_namespaces))?;
+        ask_for_maps(context)?;
+    }
+    if made_inside {
+        name_and_connect(context)?;
+    }
+
+    // 10. The Landlock ruleset, while its paths can be opened by anybody.
+    let landlock = match &blueprint.landlock {
+        Some(rules) => match rules.create() {
+            Ok(ruleset) => Some(context.at(Step::LandlockRules, io::Result::Ok(ruleset))?),
+            Err((index, error)) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                return Err(StepError { step: Step::LandlockRules, index, errno });
+            }
+        },
+        None => None,
+    };
+
+    // 11. The program's process: it still has what it takes to become another user.
+    let pid = context.at(Step::Fork, sys::fork())?;
+    if pid == 0 {
+        program::main(context, landlock);
+    }
+
+    // 12. Init's own descent. Dumpable last: every change of credentials sets
+    //     it anew, and a dumpable init could be opened through /proc/1/mem.
+    context.at(Step::Attributes, rustix::io::write(&oom_score, b"0"))?;
+    drop(oom_score);
+    let (uid, gid) = blueprint.init_id;
+    context.at(Step::Capabilities, identity::limit_capabilities(blueprint.last_capability, 0))?;
+    context.at(Step::Identity, identity::become_user(uid, gid, blueprint.clear_groups))?;
+    context.at(Step::Capabilities, identity::drop_capabilities(blueprint.last_capability, 0))?;
+    context.at(Step::Attributes, rustix::thread::set_no_new_privs(true))?;
+    context.at(
+        Step::Attributes,
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
+    // Credential changes clear it, so it comes after them; the launcher's end
+    // of file on the control socket says the same once more.
+    context.at(
+        Step::Attributes,
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
+    )?;
+    Ok(pid)
+}
+
+fn name_and_connect(context: Context<'_>) -> Result<(), StepError> {
+    if let Some(name) = &context.blueprint.host_name {
+        context.at(Step::Network, rustix::system::sethostname(name.as_bytes()))?;
+    }
+    if context.blueprint.loopback {
+        context.at(Step::Network, namespaces::bring_up_loopback())?;
+    }
+    Ok(())
+}
+
+fn ask_for_maps(context: Context<'_>) -> Result<(), StepError> {
+    context.at(Step::Handshake, context.report(Report::NeedsMaps))?;
+    expect(context, word::MAPPED)
+}
+
+/// Waits for one word of the launcher's; its end of file means the run is over.
+fn expect(context: Context<'_>, expected: u8) -> Result<(), StepError> {
+    let mut byte = [0];
+    let read = loop {
+        match rustix::io::read(context.control, &mut byte) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result,
+        }
+    };
+    let read = context.at(Step::Handshake, read)?;
+    if read == 1 && byte[0] == expected {
+        Ok(())
+    } else {
+        Err(StepError { step: Step::Handshake, index: 0, errno: libc::EPIPE })
+    }
+}
+
+fn open_oom_score() -> io::Result<std::os::fd::OwnedFd> {
+    use rustix::fs::{CWD, Mode, OFlags};
+    Ok(rustix::fs::openat(
+        CWD,
+        c"/proc/self/oom_score_adj",
+        OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// Reaps until the program ends, says how it ended, and exits: the kernel then
+/// kills what is left in the pid namespace, pid_namespaces(7).
+fn supervise(context: Context<'_>, program: i32) -> ! {
+    let signals = match context.at(Step::CloseFds, keep_only_control(context)) {
+        Ok(signals) => signals,
+        Err(error) => context.fail(error),
+    };
+    // SAFETY: keep_only_control put it there.
+    let context = Context { control: unsafe { BorrowedFd::borrow_raw(CONTROL) }, ..context };
+    loop {
+        while let Some(ended) = next_ended() {
+            let Ended { pid, report } = ended;
+            if pid == program {
+                // If this can't be delivered the launcher is gone.
+                drop(context.report(report));
+                sys::exit_now(0);
+            }
+        }
+        let mut fds = [
+            PollFd::from_borrowed_fd(context.control, PollFlags::empty()),
+            PollFd::new(&signals, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => sys::exit_now(1),
+        }
+        // The launcher closed or died: so must everything here.
+        if fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) {
+            sys::exit_now(1);
+        }
+        sys::drain_signal_fd(signals.as_fd());
+    }
+}
+
+/// What init needs from here on: the control socket and news of its children.
+fn keep_only_control(context: Context<'_>) -> io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    if context.control.as_raw_fd() != CONTROL {
+        sys::dup_to(context.control.as_raw_fd(), CONTROL)?;
+    }
+    sys::close_range(CONTROL as u32 + 1, u32::MAX)?;
+    sys::child_signal_fd()
+}
+
+struct Ended {
+    pid: i32,
+    report: Report,
+}
+
+fn next_ended() -> Option<Ended> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    sys::wait_any(options).map(|(pid, status)| Ended {
+        pid,
+        report: match status {
+            sys::Ended::Exited(code) => Report::Exited(code),
+            sys::Ended::Signalled(signal) => Report::Signalled(signal),
+        },
+    })
+}
+
+/// Sets one resource limit, soft and hard.
+pub(super) fn limit(resource: Resource, value: u64) -> rustix::io::Result<()> {
+    rustix::process::setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
+}

@@ -1,0 +1,285 @@
+//! `dispatch-launch`: the one process that makes namespaces, cgroups and
+//! processes for jail and direct mode.
+//!
+//! Single-threaded: clone(2) of a process with one thread is sound and cheap.
+//! One epoll loop over the monitor, the server, and per run its control
+//! socket, init's pidfd and the seccomp listener. It never blocks on a run.
+//!
+//! Whoever talks to it can end it: the monitor's end of file ends everything,
+//! the server's ends that server's runs.
+//!
+//! `peers` is what the two say, `start` starts a run, `watch` follows it.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    process::ExitCode,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use rustix::event::epoll::{self, EventFlags};
+
+mod peers;
+mod start;
+mod watch;
+
+use super::{
+    cgroup::{Cgroup, Hierarchy},
+    decide::Prepared,
+    facts::Facts,
+    identity::{HostIds, IdPool},
+    message::{FromMonitor, LauncherConfig, MESSAGE_MAX},
+    plan::TemplateId,
+    run::Run,
+    step::Fault,
+};
+use crate::{
+    names::{Digest, RunId},
+    sys,
+};
+
+/// The descriptor that the monitor left us.
+const MONITOR_FD: i32 = 3;
+/// Sets of policies that are kept: the current one, and superseded ones that a
+/// call may have been decided by a moment ago.
+const SETS_KEPT: usize = 4;
+/// Encoded size of a set that is still believed.
+const SET_MAX: u64 = 256 << 20;
+/// Answers that may wait for a server that doesn't read.
+const OUTBOX_MAX: usize = 65_536;
+/// How long everything may take to be gone when the launcher is told to end.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How often something in quarantine is looked at again.
+const QUARANTINE_RETRY: Duration = Duration::from_secs(1);
+
+/// The main of the process.
+#[must_use]
+pub fn main() -> ExitCode {
+    match start() {
+        Ok(mut launcher) => launcher.serve(),
+        Err(error) => {
+            log(&format!("cannot start: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log(text: &str) {
+    // No logging framework in the process that forks.
+    eprintln!("dispatch-launch: {text}");
+}
+
+fn start() -> Result<Launcher, String> {
+    let text = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
+    rustix::thread::set_name(c"dispatch-launch").map_err(|e| format!("prctl: {e}"))?;
+    // Nobody but root may look into the process that makes jails.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .map_err(|e| format!("prctl: {e}"))?;
+    // The monitor decides what a signal means; a terminal's must not end us.
+    sys::block_all_signals().map_err(text("sigprocmask"))?;
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(text("/dev/null"))?;
+    sys::dup_to_inherited(null.as_raw_fd(), 0).map_err(text("stdin"))?;
+    sys::dup_to_inherited(null.as_raw_fd(), 1).map_err(text("stdout"))?;
+    sys::dup_to(MONITOR_FD, MONITOR_FD).map_err(text("descriptor 3, the monitor's socket"))?;
+    // SAFETY: the monitor left it open for us, and nothing else uses the number.
+    let monitor = unsafe { sys::inherited_fd(MONITOR_FD) };
+
+    let mut buffer = vec![0; MESSAGE_MAX];
+    let (length, _) = sys::receive_packet(&monitor, &mut buffer)
+        .map_err(text("the monitor's first message"))?
+        .ok_or("the monitor closed before it configured us")?;
+    let config = match postcard::from_bytes(&buffer[..length]) {
+        Ok(FromMonitor::Configure(config)) => config,
+        other => return Err(format!("the monitor's first message was {other:?}")),
+    };
+    Launcher::new(monitor, &config)
+}
+
+/// What an epoll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Monitor,
+    Server,
+    Control(u64),
+    Init(u64),
+    Listener(u64),
+}
+
+impl Source {
+    fn token(self) -> u64 {
+        match self {
+            Self::Monitor => 0,
+            Self::Server => 1,
+            Self::Control(serial) => serial << 2,
+            Self::Init(serial) => serial << 2 | 1,
+            Self::Listener(serial) => serial << 2 | 2,
+        }
+    }
+
+    fn of(token: u64) -> Self {
+        match (token >> 2, token & 3) {
+            (0, 0) => Self::Monitor,
+            (0, _) => Self::Server,
+            (serial, 0) => Self::Control(serial),
+            (serial, 1) => Self::Init(serial),
+            (serial, _) => Self::Listener(serial),
+        }
+    }
+}
+
+struct LoadedSet {
+    digest: Digest,
+    templates: HashMap<TemplateId, Rc<Prepared>>,
+}
+
+/// A cgroup or uid that couldn't be freed when its run was answered.
+struct Leftover {
+    cgroup: Cgroup,
+    ids: Option<HostIds>,
+    run: RunId,
+}
+
+struct Launcher {
+    monitor: OwnedFd,
+    server: Option<OwnedFd>,
+    epoll: OwnedFd,
+    facts: Facts,
+    hierarchy: Hierarchy,
+    ids: IdPool,
+    sets: VecDeque<LoadedSet>,
+    runs: HashMap<u64, Run>,
+    serials: HashMap<RunId, u64>,
+    next_serial: u64,
+    timers: BTreeSet<(Instant, u64)>,
+    scheduled: HashMap<u64, Instant>,
+    outbox: VecDeque<Vec<u8>>,
+    leftovers: Vec<Leftover>,
+    buffer: Vec<u8>,
+    fault: Fault,
+    ending: Option<Instant>,
+}
+
+impl Launcher {
+    fn new(monitor: OwnedFd, config: &LauncherConfig) -> Result<Self, String> {
+        let facts = Facts::find_out().map_err(|error| format!("this host: {error}"))?;
+        let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance)
+            .map_err(|error| format!("cgroups: {error}"))?;
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
+        let launcher = Self {
+            monitor,
+            server: None,
+            epoll,
+            facts,
+            hierarchy,
+            ids: IdPool::new(config.uid_range),
+            sets: VecDeque::new(),
+            runs: HashMap::new(),
+            serials: HashMap::new(),
+            next_serial: 1,
+            timers: BTreeSet::new(),
+            scheduled: HashMap::new(),
+            outbox: VecDeque::new(),
+            leftovers: Vec::new(),
+            buffer: vec![0; MESSAGE_MAX],
+            fault: Fault::from_environment(),
+            ending: None,
+        };
+        launcher
+            .watch(&launcher.monitor, Source::Monitor, EventFlags::IN)
+            .map_err(|error| format!("epoll: {error}"))?;
+        Ok(launcher)
+    }
+
+    fn serve(&mut self) -> ExitCode {
+        let mut events = Vec::with_capacity(64);
+        loop {
+            if let Err(error) = self.wait(&mut events) {
+                log(&format!("epoll: {error}"));
+                return ExitCode::FAILURE;
+            }
+            // Ends before timers: a program that ended keeps its status.
+            for token in events.drain(..) {
+                self.on_event(Source::of(token));
+            }
+            self.on_time(Instant::now());
+            self.flush();
+            if let Some(deadline) = self.ending {
+                if self.runs.is_empty() && self.leftovers.is_empty() {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    log(&format!("{} runs would not end", self.runs.len()));
+                    break;
+                }
+            }
+        }
+        match self.hierarchy.close() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                log(&format!("cgroups: {error}"));
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    fn wait(&mut self, tokens: &mut Vec<u64>) -> io::Result<()> {
+        let now = Instant::now();
+        let mut deadline = self.timers.first().map(|(at, _)| *at);
+        if !self.leftovers.is_empty() {
+            let retry = now + QUARANTINE_RETRY;
+            deadline = Some(deadline.map_or(retry, |at| at.min(retry)));
+        }
+        if let Some(end) = self.ending {
+            deadline = Some(deadline.map_or(end, |at| at.min(end)));
+        }
+        let timeout = deadline.map(|at| {
+            let left = at.saturating_duration_since(now);
+            rustix::event::Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
+        });
+        let mut space = [std::mem::MaybeUninit::<epoll::Event>::uninit(); 64];
+        match epoll::wait(&self.epoll, &mut space, timeout.as_ref()) {
+            Ok((ready, _)) => {
+                tokens.extend(ready.iter().map(|event| event.data.u64()));
+                Ok(())
+            }
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn watch(&self, fd: impl AsFd, source: Source, flags: EventFlags) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(source.token());
+        Ok(epoll::add(&self.epoll, fd, data, flags)?)
+    }
+
+    fn on_event(&mut self, source: Source) {
+        match source {
+            Source::Monitor => self.on_monitor(),
+            Source::Server => self.on_server(),
+            Source::Control(serial) => self.on_control(serial),
+            Source::Listener(serial) => {
+                let now = Instant::now();
+                self.with_run(serial, |run| run.on_listener(now));
+                self.rearm_listener(serial);
+            }
+            Source::Init(serial) => self.on_init_gone(serial),
+        }
+    }
+}
+
+fn reap(pidfd: &OwnedFd) {
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+    if let Err(error) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {
+        log(&format!("init can't be reaped: {error}"));
+    }
+}

@@ -1,0 +1,187 @@
+//! What monitor and server say, and how they are answered.
+
+use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Instant};
+
+use rustix::event::epoll::{self, EventFlags};
+
+use super::{FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, Source, log};
+use crate::{
+    jail::{
+        decide::Prepared,
+        message::{FromLauncher, FromMonitor, FromServer, StopCause},
+        plan::TemplateSet,
+    },
+    names::Digest,
+    sys,
+};
+
+impl Launcher {
+    pub(super) fn on_monitor(&mut self) {
+        let received = sys::receive_packet(&self.monitor, &mut self.buffer);
+        match received {
+            Ok(Some((length, fds))) => match postcard::from_bytes(&self.buffer[..length]) {
+                Ok(message) => self.on_monitor_message(message, fds),
+                Err(error) => log(&format!("the monitor's message can't be read: {error}")),
+            },
+            Ok(None) => self.end_all(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                log(&format!("the monitor's socket: {error}"));
+                self.end_all();
+            }
+        }
+    }
+
+    pub(super) fn on_monitor_message(&mut self, message: FromMonitor, mut fds: Vec<OwnedFd>) {
+        match (message, fds.pop()) {
+            (FromMonitor::Policies, Some(fd)) => match self.load_policies(fd) {
+                Ok(digest) => self.tell(&FromLauncher::Ready { policy_set: digest }),
+                Err(error) => log(&format!("policies: {error}; the earlier ones stay")),
+            },
+            (FromMonitor::Server, Some(fd)) => self.take_server(fd),
+            (other, _) => log(&format!("unexpected from the monitor: {other:?}")),
+        }
+    }
+
+    pub(super) fn load_policies(&mut self, fd: OwnedFd) -> Result<Digest, String> {
+        let set = read_set(fd)?;
+        let digest = set.digest;
+        let mut templates = HashMap::new();
+        for template in set.templates {
+            let id = template.id.clone();
+            let prepared = Prepared::new(template, &self.facts)
+                .map_err(|error| format!("{} {}: {error}", id.policy, id.variant))?;
+            templates.insert(id, Rc::new(prepared));
+        }
+        self.sets.retain(|set| set.digest != digest);
+        self.sets.push_front(LoadedSet { digest, templates });
+        self.sets.truncate(SETS_KEPT);
+        Ok(digest)
+    }
+
+    pub(super) fn take_server(&mut self, fd: OwnedFd) {
+        self.drop_server();
+        if let Err(error) = rustix::io::ioctl_fionbio(&fd, true)
+            .map_err(io::Error::from)
+            .and_then(|()| self.watch(&fd, Source::Server, EventFlags::IN))
+        {
+            log(&format!("the server's socket: {error}"));
+            return;
+        }
+        self.server = Some(fd);
+        if let Some(set) = self.sets.front() {
+            self.tell(&FromLauncher::Ready { policy_set: set.digest });
+        }
+    }
+
+    /// The server is gone: nobody is left to answer to.
+    pub(super) fn drop_server(&mut self) {
+        self.server = None; // closing takes it out of the epoll set
+        self.outbox.clear();
+        self.stop_all();
+    }
+
+    pub(super) fn stop_all(&mut self) {
+        let now = Instant::now();
+        for serial in self.runs.keys().copied().collect::<Vec<_>>() {
+            self.with_run(serial, |run| run.stop(StopCause::Cancelled, now));
+        }
+    }
+
+    pub(super) fn end_all(&mut self) {
+        if self.ending.is_none() {
+            self.ending = Some(Instant::now() + FAREWELL);
+            // At its end of file the socket would be readable for ever.
+            epoll::delete(&self.epoll, &self.monitor).ok();
+            self.drop_server();
+        }
+    }
+
+    pub(super) fn on_server(&mut self) {
+        // A batch at a time: runs and the monitor want their turn too.
+        for _ in 0..16 {
+            let Some(server) = &self.server else { return };
+            match sys::receive_packet(server, &mut self.buffer) {
+                Ok(Some((length, fds))) => match postcard::from_bytes(&self.buffer[..length]) {
+                    Ok(message) => self.on_server_message(message, fds),
+                    Err(error) => log(&format!("the server's message can't be read: {error}")),
+                },
+                Ok(None) => return self.drop_server(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    log(&format!("the server's socket: {error}"));
+                    return self.drop_server();
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_server_message(&mut self, message: FromServer, fds: Vec<OwnedFd>) {
+        match message {
+            FromServer::Launch(launch) => {
+                let run = launch.run;
+                if let Err(refusal) = self.launch(launch, fds) {
+                    self.tell(&FromLauncher::Refused { run, refusal });
+                }
+            }
+            FromServer::Stop { run, cause } => {
+                let now = Instant::now();
+                if let Some(serial) = self.serials.get(&run).copied() {
+                    self.with_run(serial, |run| run.stop(cause, now));
+                }
+            }
+        }
+    }
+
+    /// Sends, or keeps for later in order.
+    pub(super) fn tell(&mut self, message: &FromLauncher) {
+        if self.server.is_none() {
+            return;
+        }
+        match postcard::to_stdvec(message) {
+            Ok(bytes) => self.outbox.push_back(bytes),
+            Err(error) => log(&format!("an answer can't be encoded: {error}")),
+        }
+        self.flush();
+    }
+
+    pub(super) fn flush(&mut self) {
+        let Some(server) = &self.server else { return };
+        let mut lost = false;
+        while let Some(bytes) = self.outbox.front() {
+            match sys::send_packet(server, bytes, &[]) {
+                Ok(()) => drop(self.outbox.pop_front()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    lost = true;
+                    break;
+                }
+            }
+        }
+        if lost || self.outbox.len() > OUTBOX_MAX {
+            return self.drop_server();
+        }
+        let mut flags = EventFlags::IN;
+        if !self.outbox.is_empty() {
+            flags |= EventFlags::OUT;
+        }
+        let data = epoll::EventData::new_u64(Source::Server.token());
+        if let Err(error) = epoll::modify(&self.epoll, server, data, flags) {
+            log(&format!("epoll: {error}"));
+        }
+    }
+}
+
+fn read_set(fd: OwnedFd) -> Result<TemplateSet, String> {
+    use std::io::{Read as _, Seek as _};
+    let mut file = std::fs::File::from(fd);
+    let size = file.metadata().map_err(|error| error.to_string())?.len();
+    if size > SET_MAX {
+        return Err(format!("the set is {size} bytes long; at most {SET_MAX} are possible"));
+    }
+    let mut bytes = Vec::with_capacity(size as usize);
+    file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|error| error.to_string())?;
+    postcard::from_bytes(&bytes).map_err(|error| error.to_string())
+}

@@ -1,0 +1,227 @@
+//! Starting a run: everything that is refused is refused before anything is made.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    rc::Rc,
+    time::Instant,
+};
+
+use super::{Launcher, log, reap};
+use crate::{
+    jail::{
+        cgroup::{Cgroup, CgroupLimits},
+        check,
+        decide::{Decided, Prepared},
+        identity::HostIds,
+        init,
+        message::{Launch, LaunchFds, Refusal},
+        namespaces::{self, Cloned},
+        plan::Control,
+        run::{self, Parts, Run},
+        step::{Step, StepError},
+    },
+    sys,
+};
+
+impl Launcher {
+    /// Starts building a run. What can be refused is refused before anything is made.
+    pub(super) fn launch(&mut self, launch: Launch, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
+        let received = Instant::now();
+        if self.ending.is_some() {
+            return Err(Refusal::Exhausted { what: "the launcher is ending".into() });
+        }
+        let invalid = |what: &str| Refusal::Invalid { what: what.into() };
+        if self.serials.contains_key(&launch.run) {
+            return Err(invalid("the run id is in use"));
+        }
+        let set = self
+            .sets
+            .iter()
+            .find(|set| set.digest == launch.policy_set)
+            .ok_or(Refusal::StalePolicy)?;
+        let prepared = Rc::clone(
+            set.templates.get(&launch.template).ok_or_else(|| invalid("no such template"))?,
+        );
+        let fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
+        let checked = check::check(&launch, &fds, &prepared.template)
+            .map_err(|what| Refusal::Invalid { what })?;
+        let ids = match self.facts.root {
+            true => Some(self.ids.take().ok_or_else(|| Refusal::Exhausted {
+                what: "all host uids of uid_range are in use".into(),
+            })?),
+            false => None,
+        };
+        let made = self.make(received, launch, fds, &prepared, &checked, ids);
+        match made {
+            Ok(run) => {
+                self.register(run);
+                Ok(())
+            }
+            Err(refusal) => {
+                if let Some(ids) = ids {
+                    self.ids.give_back(ids);
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    pub(super) fn make(
+        &self,
+        received: Instant,
+        launch: Launch,
+        fds: LaunchFds,
+        prepared: &Rc<Prepared>,
+        checked: &check::Checked,
+        ids: Option<HostIds>,
+    ) -> Result<Run, Refusal> {
+        let template = &prepared.template;
+        let limits = CgroupLimits {
+            memory: checked.memory,
+            swap: template.limits.swap,
+            cpus: checked.cpus,
+            pids: template.limits.pids,
+        };
+        let mut cgroup_controls = self.cgroup_controls(prepared, checked)?;
+        let decided = prepared.decide(&launch, &fds, ids, &self.facts, self.fault)?;
+        self.inject(Step::Cgroup)?;
+        let cgroup =
+            self.hierarchy.create(&format!("run-{}", launch.run), &limits).map_err(|error| {
+                Refusal::ControlUnavailable {
+                    control: Control::CgroupMemory,
+                    why: error.to_string(),
+                }
+            })?;
+        let cloned = self.clone_init(&decided, &cgroup);
+        let (pid, pidfd, control) = match cloned {
+            Ok(parts) => parts,
+            Err(error) => {
+                self.discard(cgroup);
+                return Err(run::refusal(error));
+            }
+        };
+        let mut enforced = decided.enforced;
+        enforced.append(&mut cgroup_controls);
+        let cores = checked
+            .cpus
+            .finite()
+            .map_or(f64::from(self.facts.processors), |cpus| cpus.as_f64())
+            .min(f64::from(self.facts.processors));
+        Ok(Run::new(Parts {
+            ids,
+            cgroup,
+            pid,
+            pidfd,
+            control,
+            prepared: Rc::clone(prepared),
+            call_len: checked.call_len,
+            cpu_limit: template.limits.cpu_time.finite(),
+            launch,
+            fds,
+            namespaces: decided.namespaces,
+            map: decided.map,
+            enforced,
+            cores,
+            received,
+        }))
+    }
+
+    /// The limits that cgroups and timers will hold, or the first that they can't.
+    pub(super) fn cgroup_controls(
+        &self,
+        prepared: &Prepared,
+        checked: &check::Checked,
+    ) -> Result<Vec<Control>, Refusal> {
+        let limits = &prepared.template.limits;
+        let wanted = [
+            (Control::CgroupMemory, checked.memory.finite().is_some()),
+            (
+                Control::CgroupSwap,
+                checked.memory.finite().is_some() && limits.swap.finite().is_some(),
+            ),
+            (Control::CgroupPids, limits.pids.finite().is_some()),
+            (Control::CgroupCpu, checked.cpus.finite().is_some()),
+            (Control::CgroupKill, true),
+            (Control::CpuTime, limits.cpu_time.finite().is_some()),
+        ];
+        let mut in_force = Vec::new();
+        for (control, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
+            match self.hierarchy.lacks(control) {
+                None => in_force.push(control),
+                Some(_) if prepared.template.best_effort.contains(&control) => {}
+                Some(why) => {
+                    return Err(Refusal::ControlUnavailable { control, why: why.to_owned() });
+                }
+            }
+        }
+        if checked.timeout.is_some() {
+            in_force.push(Control::Timeout);
+        }
+        Ok(in_force)
+    }
+
+    pub(super) fn inject(&self, step: Step) -> Result<(), Refusal> {
+        if self.fault.hits(step) {
+            return Err(run::refusal(StepError { step, index: 0, errno: libc::EIO }));
+        }
+        Ok(())
+    }
+
+    pub(super) fn clone_init(
+        &self,
+        decided: &Decided,
+        cgroup: &Cgroup,
+    ) -> Result<(i32, OwnedFd, OwnedFd), StepError> {
+        let failed = |step: Step| {
+            move |error: io::Error| StepError {
+                step,
+                index: 0,
+                errno: error.raw_os_error().unwrap_or(libc::EIO),
+            }
+        };
+        if self.fault.hits(Step::Clone) {
+            return Err(StepError { step: Step::Clone, index: 0, errno: libc::EIO });
+        }
+        let (ours, theirs) = sys::seqpacket_pair().map_err(failed(Step::Clone))?;
+        rustix::io::ioctl_fionbio(&ours, true).map_err(|e| failed(Step::Clone)(e.into()))?;
+        let mut keep = decided.keep.clone();
+        keep.push(theirs.as_raw_fd());
+        keep.sort_unstable();
+        let namespaces = decided.blueprint.outer_namespaces;
+        // SAFETY: this process has one thread; init makes only system calls.
+        let cloned = unsafe { namespaces::clone(namespaces, cgroup.clone_into()) };
+        match cloned.map_err(failed(Step::Clone))? {
+            Cloned::Child => init::main(&decided.blueprint, theirs.as_raw_fd(), &keep),
+            Cloned::Parent(pid, pidfd) => {
+                let attached = if self.fault.hits(Step::Attach) {
+                    Err(io::Error::from_raw_os_error(libc::EIO))
+                } else {
+                    cgroup.attach(pid)
+                };
+                if let Err(error) = attached {
+                    kill_and_reap(&pidfd);
+                    return Err(failed(Step::Attach)(error));
+                }
+                Ok((pid, pidfd, ours))
+            }
+        }
+    }
+
+    pub(super) fn discard(&self, cgroup: Cgroup) {
+        if cgroup.remove().is_err() {
+            log("a cgroup that never held a run can't be removed");
+        }
+    }
+}
+
+fn launch_fds(fds: Vec<OwnedFd>) -> Option<LaunchFds> {
+    let [executable, stdin, stdout, stderr, call]: [OwnedFd; 5] = fds.try_into().ok()?;
+    Some(LaunchFds { executable, stdin, stdout, stderr, call })
+}
+
+fn kill_and_reap(pidfd: &OwnedFd) {
+    // ESRCH: dead already.
+    rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL).ok();
+    reap(pidfd);
+}

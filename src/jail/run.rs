@@ -1,0 +1,494 @@
+//! One run under supervision: from the clone to the last of it gone.
+//!
+//! ```text
+//!              Ready/Start          ended, stopped or failed
+//!   Building ─────────────► Running ─────────────────────► Ending ──► (finished)
+//!      └───────────────────────────────────────────────────► │ teardown hung
+//!                                                            ▼
+//!                                                       Quarantined
+//! ```
+//!
+//! The run itself does no I/O towards the server: it changes state and says
+//! what happened; `launcher` sends it.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    cgroup::Cgroup,
+    decide::Prepared,
+    identity::{self, HostIds, IdMap},
+    message::{End, Launch, LaunchFds, Oom, Refusal, StopCause, WaitStatus},
+    plan::Control,
+    seccomp::{
+        filter::{self, Decision},
+        notify,
+    },
+    step::{REPORT_LEN, Report, Start, Step, StepError, word},
+};
+use crate::{names::RunId, sys};
+
+/// How long a killed run may take to be gone before it is put in quarantine.
+const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
+/// How long a run may take to be built: nothing of the tenant's runs yet.
+const BUILD_GRACE: Duration = Duration::from_secs(10);
+/// Least time between two looks at a run's CPU time.
+const CPU_STEP_MIN: Duration = Duration::from_millis(10);
+/// Most time between two: a clock that stood still must not hide it.
+const CPU_STEP_MAX: Duration = Duration::from_secs(60);
+/// Distinct refused calls that are told.
+const REFUSED_MAX: usize = 16;
+/// Refused calls answered at once; beyond that, `NOTICES_BATCH` a `NOTICES_PAUSE`:
+/// a program that does nothing but forbidden calls must not keep the launcher busy.
+const NOTICES_FREE: u32 = 4096;
+const NOTICES_BATCH: u32 = 32;
+const NOTICES_PAUSE: Duration = Duration::from_millis(1);
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Init builds; the program has not been started.
+    Building,
+    /// The program was started.
+    Running,
+    /// It ended, was stopped or failed; what is left is going.
+    Ending,
+    /// It was answered for, but something of it is still there.
+    Quarantined,
+}
+
+/// One run.
+#[derive(Debug)]
+pub struct Run {
+    /// Its id.
+    pub id: RunId,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Its host ids; given back when it is gone.
+    pub ids: Option<HostIds>,
+    /// Its cgroup.
+    pub cgroup: Option<Cgroup>,
+    /// Init.
+    pub pid: i32,
+    /// Init; readable when it is dead, and with it all of the pid namespace.
+    pub pidfd: OwnedFd,
+    /// To init and, until exec, the program.
+    pub control: OwnedFd,
+    /// The seccomp listener. Held until the run is empty: were it closed, a
+    /// pending call would be answered ENOSYS and the program would go on.
+    pub listener: Option<OwnedFd>,
+    prepared: Rc<Prepared>,
+    launch: Launch,
+    call_len: u32,
+    fds: Option<LaunchFds>,
+    namespaces: Vec<OwnedFd>,
+    map: IdMap,
+    enforced: Vec<Control>,
+    cpu_limit: Option<Duration>,
+    cores: f64,
+    received: Instant,
+    started: Option<Instant>,
+    ended: Option<Instant>,
+    wall_deadline: Option<Instant>,
+    cpu_check: Option<Instant>,
+    grace_deadline: Option<Instant>,
+    notices_resume: Option<Instant>,
+    notices: u32,
+    stopped: Option<StopCause>,
+    status: WaitStatus,
+    failure: Option<StepError>,
+    denied: Option<String>,
+    refused: Vec<String>,
+}
+
+/// What a run is made of, once init has been cloned.
+#[derive(Debug)]
+pub struct Parts {
+    /// See [`Run`].
+    pub ids: Option<HostIds>,
+    /// See [`Run`].
+    pub cgroup: Cgroup,
+    /// See [`Run`].
+    pub pid: i32,
+    /// See [`Run`].
+    pub pidfd: OwnedFd,
+    /// See [`Run`].
+    pub control: OwnedFd,
+    /// The template, prepared.
+    pub prepared: Rc<Prepared>,
+    /// What was asked.
+    pub launch: Launch,
+    /// From `check`.
+    pub call_len: u32,
+    /// For the program.
+    pub fds: LaunchFds,
+    /// For idmapped binds.
+    pub namespaces: Vec<OwnedFd>,
+    /// How ids map.
+    pub map: IdMap,
+    /// Controls that will be in force.
+    pub enforced: Vec<Control>,
+    /// Limit of CPU time.
+    pub cpu_limit: Option<Duration>,
+    /// How many processors' worth of time the run can use at most per second.
+    pub cores: f64,
+    /// When the launch was received.
+    pub received: Instant,
+}
+
+/// What a report changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing that others need to know.
+    None,
+    /// The program was started.
+    Started {
+        /// From the launch's arrival to now.
+        setup: Duration,
+    },
+    /// A listener came: watch it.
+    Listener,
+}
+
+impl Run {
+    /// A run whose init has just been cloned and waits.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            id: parts.launch.run,
+            phase: Phase::Building,
+            ids: parts.ids,
+            cgroup: Some(parts.cgroup),
+            pid: parts.pid,
+            pidfd: parts.pidfd,
+            control: parts.control,
+            listener: None,
+            prepared: parts.prepared,
+            launch: parts.launch,
+            call_len: parts.call_len,
+            fds: Some(parts.fds),
+            namespaces: parts.namespaces,
+            map: parts.map,
+            enforced: parts.enforced,
+            cpu_limit: parts.cpu_limit,
+            cores: parts.cores,
+            received: parts.received,
+            started: None,
+            ended: None,
+            wall_deadline: None,
+            cpu_check: None,
+            grace_deadline: Some(parts.received + BUILD_GRACE),
+            notices_resume: None,
+            notices: 0,
+            stopped: None,
+            status: WaitStatus::Unknown,
+            failure: None,
+            denied: None,
+            refused: Vec::new(),
+        }
+    }
+
+    /// Tells init that it is in its cgroups.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2): init is gone.
+    pub fn joined(&self) -> io::Result<()> {
+        sys::send_packet(&self.control, &[word::JOINED], &[])
+    }
+
+    /// Reads one report from init or the program. `Ok(None)` when there is none.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2).
+    pub fn next_report(&mut self) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+        let mut bytes = [0; REPORT_LEN];
+        match sys::receive_packet(&self.control, &mut bytes) {
+            Ok(Some((length, mut fds))) => {
+                Ok(Report::decode(&bytes[..length]).map(|report| (report, fds.pop())))
+            }
+            Ok(None) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Acts on a report.
+    pub fn on_report(&mut self, report: Report, fd: Option<OwnedFd>, now: Instant) -> Change {
+        match report {
+            Report::NeedsMaps => self.write_maps(),
+            Report::Ready => return self.start(now),
+            Report::Filtered => {
+                self.listener = fd;
+                return Change::Listener;
+            }
+            Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
+            Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
+            Report::Failed(error) => self.fail(error, now),
+        }
+        Change::None
+    }
+
+    fn write_maps(&mut self) {
+        let written = identity::write_maps(self.pid, self.map)
+            .and_then(|()| sys::send_packet(&self.control, &[word::MAPPED], &[]));
+        if let Err(error) = written {
+            self.fail(step_error(Step::Maps, &error), Instant::now());
+        }
+    }
+
+    fn start(&mut self, now: Instant) -> Change {
+        let Some(fds) = self.fds.take() else { return Change::None };
+        self.namespaces.clear();
+        if let Some(cgroup) = &mut self.cgroup {
+            cgroup.start_measuring();
+        }
+        let start =
+            Start { argc: self.launch.argc, envc: self.launch.envc, call_len: self.call_len };
+        let descriptors =
+            [&fds.executable, &fds.stdin, &fds.stdout, &fds.stderr, &fds.call].map(AsFd::as_fd);
+        if let Err(error) = sys::send_packet(&self.control, &start.encode(), &descriptors) {
+            self.fail(step_error(Step::Start, &error), now);
+            return Change::None;
+        }
+        self.phase = Phase::Running;
+        self.started = Some(now);
+        self.grace_deadline = None;
+        self.wall_deadline = self.launch.timeout.and_then(|timeout| now.checked_add(timeout));
+        self.cpu_check = self.cpu_limit.map(|limit| now + self.cpu_step(limit));
+        Change::Started { setup: now - self.received }
+    }
+
+    fn program_ended(&mut self, status: WaitStatus, now: Instant) {
+        self.status = status;
+        // Init exits now, and the kernel kills what is left before it is done.
+        self.end(now);
+    }
+
+    fn fail(&mut self, error: StepError, now: Instant) {
+        self.failure.get_or_insert(error);
+        self.kill();
+        self.end(now);
+    }
+
+    fn end(&mut self, now: Instant) {
+        if matches!(self.phase, Phase::Building | Phase::Running) {
+            self.phase = Phase::Ending;
+            self.ended.get_or_insert(now);
+            self.wall_deadline = None;
+            self.cpu_check = None;
+            self.grace_deadline = Some(now + TEARDOWN_GRACE);
+        }
+    }
+
+    /// Ends the run for this cause, unless it has ended already: a program
+    /// that ended by itself keeps its status, and the first cause stands.
+    pub fn stop(&mut self, cause: StopCause, now: Instant) {
+        if matches!(self.phase, Phase::Building | Phase::Running) {
+            self.stopped.get_or_insert(cause);
+            self.kill();
+            self.end(now);
+        }
+    }
+
+    /// Kills everything of the run. Both ways, where there are both: the pid
+    /// namespace ends with init, and cgroup.kill doesn't wait for it.
+    pub fn kill(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill();
+        }
+        // ESRCH: it is dead already, which is what we want.
+        rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
+    }
+
+    /// The next moment at which [`Run::on_time`] must be called.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        [self.wall_deadline, self.cpu_check, self.grace_deadline, self.notices_resume]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Acts on what is due. True when the run must now be answered for though
+    /// it is not gone.
+    pub fn on_time(&mut self, now: Instant) -> bool {
+        if self.wall_deadline.is_some_and(|deadline| deadline <= now) {
+            self.stop(StopCause::Timeout, now);
+        }
+        if self.cpu_check.is_some_and(|check| check <= now) {
+            self.check_cpu(now);
+        }
+        if self.notices_resume.is_some_and(|resume| resume <= now) {
+            self.notices_resume = None;
+            self.on_listener(now);
+        }
+        if self.grace_deadline.is_some_and(|deadline| deadline <= now) {
+            self.grace_deadline = None;
+            if self.phase == Phase::Building {
+                self.fail(
+                    StepError { step: Step::Handshake, index: 2, errno: libc::ETIMEDOUT },
+                    now,
+                );
+                return false;
+            }
+            if self.phase == Phase::Ending {
+                self.phase = Phase::Quarantined;
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Looks at the tree's CPU time and decides when to look next: no earlier
+    /// than the limit could be reached, so a few looks are enough.
+    fn check_cpu(&mut self, now: Instant) {
+        let Some(limit) = self.cpu_limit else { return };
+        let used = match self.cgroup.as_ref().map(Cgroup::cpu_usage) {
+            Some(Ok(usage)) => usage.user + usage.system,
+            // A limit that can't be watched is not in force: end the run.
+            _ => limit,
+        };
+        if used >= limit {
+            self.stop(StopCause::CpuTime, now);
+        } else {
+            self.cpu_check = Some(now + self.cpu_step(limit - used));
+        }
+    }
+
+    fn cpu_step(&self, left: Duration) -> Duration {
+        Duration::try_from_secs_f64(left.as_secs_f64() / self.cores.max(0.001))
+            .unwrap_or(CPU_STEP_MAX)
+            .clamp(CPU_STEP_MIN, CPU_STEP_MAX)
+    }
+
+    /// The listener, unless it is paused.
+    #[must_use]
+    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
+        self.listener.as_ref().filter(|_| self.notices_resume.is_none()).map(AsFd::as_fd)
+    }
+
+    /// Answers forbidden system calls. A deadly one is never answered: the
+    /// program is killed while it waits.
+    pub fn on_listener(&mut self, now: Instant) {
+        for _ in 0..NOTICES_BATCH {
+            let Some(listener) = &self.listener else { return };
+            let Some(notice) = notify::receive(listener.as_fd()) else { return };
+            let decision = filter::decide(
+                &self.prepared.template.syscalls,
+                self.prepared.filter_options(),
+                &notice.call,
+            );
+            match decision {
+                Decision::Deadly(name) => {
+                    self.denied.get_or_insert(name);
+                    self.stop(StopCause::Syscall, now);
+                    return;
+                }
+                Decision::Refuse { errno, name } => {
+                    notify::refuse(listener.as_fd(), notice.id, errno);
+                    self.note_refused(name);
+                }
+                Decision::Allow => notify::refuse(listener.as_fd(), notice.id, libc::EPERM),
+            }
+            self.notices += 1;
+        }
+        if self.notices >= NOTICES_FREE {
+            self.notices_resume = Some(now + NOTICES_PAUSE);
+        }
+    }
+
+    fn note_refused(&mut self, name: String) {
+        if self.refused.len() < REFUSED_MAX && !self.refused.contains(&name) {
+            self.refused.push(name);
+        }
+    }
+
+    /// Whether the program was ever started, and did not fail on the way to exec.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refusal> {
+        if let Some(error) = self.failure {
+            return Some(refusal(error));
+        }
+        let untold = self.started.is_none()
+            && self.stopped.is_none()
+            && self.cgroup.as_ref().map(Cgroup::oom) != Some(Oom::Own);
+        untold.then(|| refusal(StepError { step: Step::Clone, index: 1, errno: libc::ECHILD }))
+    }
+
+    /// How it ended. To be asked when it is gone, or when it is put in quarantine.
+    #[must_use]
+    pub fn outcome(&self, now: Instant) -> End {
+        let ended = self.ended.unwrap_or(now);
+        let started = self.started.unwrap_or(ended);
+        let usage = self.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
+        End {
+            status: self.status,
+            stopped: self.stopped,
+            oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
+            denied_syscall: self.denied.clone().or_else(|| self.unnamed_denial()),
+            refused_syscalls: self.refused.clone(),
+            enforced: self.enforced.clone(),
+            setup: started.saturating_duration_since(self.received),
+            wall: ended.saturating_duration_since(started),
+            user: usage.user,
+            system: usage.system,
+            memory_peak: usage.memory_peak,
+            pids_peak: usage.pids_peak,
+            quarantined: self.phase == Phase::Quarantined,
+        }
+    }
+
+    /// Without a listener, a deadly call is the only way to die of SIGSYS that
+    /// the filter leaves.
+    fn unnamed_denial(&self) -> Option<String> {
+        let by_filter = self.listener.is_none()
+            && self.enforced.contains(&Control::Seccomp)
+            && self.status == WaitStatus::Signalled(libc::SIGSYS);
+        by_filter.then(String::new)
+    }
+
+    /// Init's pidfd and control socket numbers, for epoll.
+    #[must_use]
+    pub fn watched(&self) -> [i32; 2] {
+        [self.pidfd.as_raw_fd(), self.control.as_raw_fd()]
+    }
+}
+
+fn step_error(step: Step, error: &io::Error) -> StepError {
+    StepError { step, index: 0, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+}
+
+/// A failed step in the words of the answer.
+pub fn refusal(error: StepError) -> Refusal {
+    let StepError { step, index, errno } = error;
+    let text = io::Error::from_raw_os_error(errno);
+    let lacks = |control: Control, why: String| Refusal::ControlUnavailable { control, why };
+    match step {
+        Step::Exec => Refusal::Exec { errno },
+        Step::Clone | Step::UserNamespace
+            if matches!(errno, libc::EPERM | libc::ENOSPC | libc::EACCES) =>
+        {
+            lacks(
+                Control::NsUser,
+                format!(
+                    "namespaces can't be made: {text}; `dispatcher doctor` tells what forbids it"
+                ),
+            )
+        }
+        Step::Maps => lacks(Control::NsUser, format!("ids can't be mapped: {text}")),
+        Step::Sources | Step::Populate => lacks(
+            Control::RootReadonly,
+            format!("part {index} of the root can't be put in place ({step}): {text}"),
+        ),
+        Step::Proc => lacks(Control::ProcRestricted, format!("/proc can't be mounted: {text}")),
+        Step::Landlock | Step::LandlockRules => {
+            lacks(Control::Landlock(0), format!("landlock ({step} {index}): {text}"))
+        }
+        Step::MemfdNoexec => lacks(Control::MemfdNoexec, text.to_string()),
+        _ => Refusal::Step { step: step.name().into(), index: u32::from(index), errno },
+    }
+}

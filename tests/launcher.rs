@@ -1,0 +1,345 @@
+//! The launcher by itself, driven over its own protocol: what a captured
+//! server could do, and what it can't.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use dispatcher::{
+    jail::{
+        message::{
+            End, FromLauncher, FromMonitor, FromServer, Launch, LauncherConfig, MESSAGE_MAX,
+            Refusal, StopCause, WaitStatus,
+        },
+        plan::{
+            Filesystem, HostUser, Limits, Mode, Network, Root, SyscallPolicy, Template, TemplateId,
+            TemplateSet,
+        },
+    },
+    names::{Digest, RunId},
+    sys,
+    units::{Limit, MilliCpus},
+};
+
+const SET: Digest = Digest::from_bytes([7; 32]);
+
+/// A launcher process with one policy, and our end of its server socket.
+struct Launcher {
+    child: Child,
+    monitor: Option<OwnedFd>,
+    server: Option<OwnedFd>,
+}
+
+impl Launcher {
+    fn start(template: Template) -> Self {
+        let (ours, theirs) = sys::seqpacket_pair().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dispatcher"));
+        command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
+        let raw = theirs.as_raw_fd();
+        // SAFETY: dup2 is async-signal-safe.
+        unsafe { command.pre_exec(move || sys::dup_to_inherited(raw, 3)) };
+        let child = command.spawn().unwrap();
+        drop(theirs);
+        let instance = format!("test-{}-{}", std::process::id(), child.id());
+        send(
+            &ours,
+            &FromMonitor::Configure(LauncherConfig {
+                instance,
+                cgroup_parent: std::env::var("DISPATCHER_TEST_CGROUP_PARENT").unwrap_or_default(),
+                uid_range: (2_000_000, 2_065_535),
+            }),
+            &[],
+        );
+        let set = TemplateSet { digest: SET, templates: vec![template] };
+        let bytes = postcard::to_stdvec(&set).unwrap();
+        let memfd = sys::sealed_memfd(c"policies", &[&bytes], false).unwrap();
+        send(&ours, &FromMonitor::Policies, &[&memfd]);
+        let (server, theirs) = sys::seqpacket_pair().unwrap();
+        send(&ours, &FromMonitor::Server, &[&theirs]);
+        drop(theirs);
+        let launcher = Self { child, monitor: Some(ours), server: Some(server) };
+        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
+        launcher
+    }
+
+    fn next(&self) -> FromLauncher {
+        let server = self.server.as_ref().unwrap();
+        let mut buffer = vec![0; MESSAGE_MAX];
+        let deadline = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
+        let mut fds = [rustix::event::PollFd::new(server, rustix::event::PollFlags::IN)];
+        let ready = rustix::event::poll(&mut fds, Some(&deadline)).unwrap();
+        assert!(ready > 0, "the launcher says nothing");
+        let (length, _) = sys::receive_packet(server, &mut buffer).unwrap().expect("closed");
+        postcard::from_bytes(&buffer[..length]).unwrap()
+    }
+
+    /// Runs a shell script in a jail with the host's root and returns how it ended.
+    fn run(&self, launch: Launch, call: &[&str], executable: &[u8]) -> Outcome {
+        let mut io = Io::new();
+        self.launch(&launch, call, executable, &mut io);
+        let mut started = false;
+        loop {
+            match self.next() {
+                FromLauncher::Started { .. } => started = true,
+                FromLauncher::Refused { refusal, .. } => return Outcome::Refused(refusal),
+                FromLauncher::Ended { end, .. } => {
+                    assert!(started, "an end without a start");
+                    let (stdout, stderr) = io.read();
+                    return Outcome::Ended { end: *end, stdout, stderr };
+                }
+                FromLauncher::Ready { .. } | FromLauncher::Released { .. } => {}
+            }
+        }
+    }
+
+    fn launch(&self, launch: &Launch, call: &[&str], executable: &[u8], io: &mut Io) {
+        let executable = sys::sealed_memfd(c"exe", &[executable], true).unwrap();
+        let stdin = sys::sealed_memfd(c"stdin", &[], false).unwrap();
+        let blob: Vec<u8> =
+            call.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
+        let blob = sys::sealed_memfd(c"call", &[&blob], false).unwrap();
+        let (stdout, stderr) = (io.stdout.1.take().unwrap(), io.stderr.1.take().unwrap());
+        send(
+            self.server.as_ref().unwrap(),
+            &FromServer::Launch(launch.clone()),
+            &[&executable, &stdin, &stdout, &stderr, &blob],
+        );
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.server = None;
+        self.monitor = None;
+        let status = self.child.wait().unwrap();
+        if !std::thread::panicking() {
+            assert!(status.success(), "{status}");
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Outcome {
+    Refused(Refusal),
+    Ended { end: End, stdout: String, stderr: String },
+}
+
+struct Io {
+    stdout: (OwnedFd, Option<OwnedFd>),
+    stderr: (OwnedFd, Option<OwnedFd>),
+}
+
+impl Io {
+    fn new() -> Self {
+        let pipe = || {
+            let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+            (read, Some(write))
+        };
+        Self { stdout: pipe(), stderr: pipe() }
+    }
+
+    fn read(self) -> (String, String) {
+        let all = |fd: OwnedFd| {
+            let mut text = String::new();
+            File::from(fd).read_to_string(&mut text).unwrap();
+            text
+        };
+        (all(self.stdout.0), all(self.stderr.0))
+    }
+}
+
+fn send<T: serde::Serialize>(socket: &OwnedFd, message: &T, fds: &[&OwnedFd]) {
+    let bytes = postcard::to_stdvec(message).unwrap();
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    sys::send_packet(socket, &bytes, &fds).unwrap();
+}
+
+fn template() -> Template {
+    Template {
+        id: TemplateId { policy: "test".into(), variant: 0 },
+        modes: vec![Mode::Jail],
+        best_effort: vec![],
+        limits: Limits::default(),
+        filesystem: Filesystem {
+            root: Root::Host,
+            tmp: Some(Limit::At(1 << 20)),
+            tmp_exec: false,
+            binds: vec![],
+        },
+        network: Network::None,
+        syscalls: SyscallPolicy { allowed: BTreeMap::new() },
+        keep_capabilities: vec![],
+        user: None,
+        environment: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
+        environment_allow: vec![],
+        interpreters: vec![],
+    }
+}
+
+fn launch(argc: u32, envc: u32, size: usize) -> Launch {
+    Launch {
+        run: RunId::random().unwrap(),
+        policy_set: SET,
+        template: TemplateId { policy: "test".into(), variant: 0 },
+        mode: Mode::Jail,
+        timeout: Some(Duration::from_secs(10)),
+        memory: None,
+        cpus: None,
+        executable_size: size as u64,
+        interpreter: None,
+        argc,
+        envc,
+    }
+}
+
+const PATH: &str = "PATH=/usr/bin:/bin";
+
+fn shell() -> Vec<u8> {
+    std::fs::read("/bin/sh").unwrap()
+}
+
+fn ended(outcome: Outcome) -> (End, String, String) {
+    match outcome {
+        Outcome::Ended { end, stdout, stderr } => (end, stdout, stderr),
+        Outcome::Refused(refusal) => panic!("refused: {refusal:?}"),
+    }
+}
+
+#[test]
+fn a_jail_takes_its_call_and_tells_its_end() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let script = "echo out; echo err >&2; cat; id -u; exit 7";
+    let (end, stdout, stderr) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(7));
+    assert_eq!((stdout.as_str(), stderr.as_str()), ("out\n65534\n", "err\n"));
+    assert_eq!(end.stopped, None);
+    assert!(end.wall < Duration::from_secs(10));
+}
+
+#[test]
+fn direct_mode_runs_as_its_user_in_a_pid_namespace() {
+    if !rustix::process::geteuid().is_root() {
+        return; // a host user of its own takes root; rootless direct mode is in conformance
+    }
+    let mut template = template();
+    template.modes = vec![Mode::Direct];
+    template.user = Some(HostUser { name: "nobody".into(), uid: 65534, gid: 65534 });
+    let launcher = Launcher::start(template);
+    let shell = shell();
+    let mut launch = launch(3, 1, shell.len());
+    launch.mode = Mode::Direct;
+    let script = "id -u; echo $$; grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status";
+    let (end, stdout, stderr) = ended(launcher.run(launch, &["sh", "-c", script, PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(0), "{stderr}");
+    assert_eq!(
+        stdout,
+        "65534\n2\nCapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\n"
+    );
+}
+
+/// Whatever a captured server asks beyond its template is refused.
+#[test]
+fn a_captured_server_gets_no_more_than_its_template() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let ask = |change: &dyn Fn(&mut Launch), call: &[&str]| {
+        let mut launch = launch(3, 1, shell.len());
+        change(&mut launch);
+        match launcher.run(launch, call, &shell) {
+            Outcome::Refused(Refusal::Invalid { what }) => what,
+            Outcome::Refused(Refusal::StalePolicy) => "stale".into(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let call = &["sh", "-c", "true", PATH];
+    assert_eq!(ask(&|l| l.policy_set = Digest::from_bytes([8; 32]), call), "stale");
+    assert!(ask(&|l| l.template.variant = 1, call).contains("no such template"));
+    assert!(ask(&|l| l.mode = Mode::Direct, call).contains("mode direct"));
+    assert!(ask(&|l| l.mode = Mode::Container, call).contains("mode container"));
+    assert!(ask(&|l| l.memory = Some(1 << 40), call).contains("memory"));
+    assert!(ask(&|l| l.cpus = Some(MilliCpus(64_000)), call).contains("cpus"));
+    assert!(ask(&|l| l.timeout = Some(Duration::from_secs(3600)), call).contains("timeout"));
+    assert!(ask(&|l| l.timeout = None, call).contains("timeout"));
+    assert!(ask(&|l| l.interpreter = Some("/bin/sh".into()), call).contains("interpreter"));
+    assert!(ask(&|l| l.executable_size += 1, call).contains("size"));
+    assert!(ask(&|l| l.argc = 0, call).contains("strings"));
+    assert!(ask(&|l| l.argc = u32::MAX, call).contains("strings"));
+    assert!(ask(&|l| l.envc = 9, call).contains("strings"));
+    assert!(ask(&|_| (), &["sh", "-c", "true", "LD_PRELOAD=/x"]).contains("LD_PRELOAD"));
+    assert!(ask(&|_| (), &["sh", "-c", "true", "PATH=/evil"]).contains("PATH"));
+    assert!(ask(&|_| (), &["sh", "-c", "true", "nonsense"]).contains("no `=`"));
+}
+
+#[test]
+fn a_stopped_run_is_gone_and_says_why() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let mut io = Io::new();
+    // Neither a stopped process nor a survivor in a session of its own holds it up.
+    let script = "setsid sleep 1000 & echo up; kill -STOP $$; sleep 1000";
+    let launch = launch(3, 1, shell.len());
+    launcher.launch(&launch, &["sh", "-c", script, PATH], &shell, &mut io);
+    assert!(matches!(launcher.next(), FromLauncher::Started { .. }));
+    let mut line = [0; 3];
+    File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
+    let asked = Instant::now();
+    let stop = FromServer::Stop { run: launch.run, cause: StopCause::Cancelled };
+    send(launcher.server.as_ref().unwrap(), &stop, &[]);
+    match launcher.next() {
+        FromLauncher::Ended { end, .. } => {
+            assert_eq!(end.stopped, Some(StopCause::Cancelled));
+            assert!(!end.quarantined);
+        }
+        other => panic!("{other:?}"),
+    }
+    // The write ends of its pipes are closed: nothing of it is left.
+    let (stdout, _) = io.read();
+    assert_eq!(stdout, "");
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn the_servers_end_ends_its_runs() {
+    let mut launcher = Launcher::start(template());
+    let shell = shell();
+    let mut io = Io::new();
+    let launch = launch(3, 1, shell.len());
+    launcher.launch(&launch, &["sh", "-c", "echo up; sleep 1000", PATH], &shell, &mut io);
+    let mut line = [0; 3];
+    File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
+    launcher.server = None;
+    assert_eq!(io.read().0, ""); // end of file, not a hang
+}
+
+#[test]
+fn garbage_harms_nothing() {
+    let launcher = Launcher::start(template());
+    let server = launcher.server.as_ref().unwrap();
+    for length in [1, 2, 7, 100, MESSAGE_MAX] {
+        let bytes: Vec<u8> = (0..length).map(|i| (i * 37 % 251) as u8).collect();
+        sys::send_packet(server, &bytes, &[]).unwrap();
+    }
+    let stop = FromServer::Stop { run: RunId::random().unwrap(), cause: StopCause::Output };
+    send(server, &stop, &[]);
+    let shell = shell();
+    // Too few descriptors.
+    let launch_message = FromServer::Launch(launch(3, 1, shell.len()));
+    send(server, &launch_message, &[]);
+    assert!(matches!(
+        launcher.next(),
+        FromLauncher::Refused { refusal: Refusal::Invalid { .. }, .. }
+    ));
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", "exit 3", PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(3));
+}
