@@ -1,6 +1,18 @@
 //! The server's own file, `dispatcher.toml`: as written → checked.
+//!
+//! [`load()`] lays flags over variables over the file over what is built in.
+
+mod address;
+mod load;
+mod uids;
+mod written;
 
 use std::{path::PathBuf, time::Duration};
+
+pub use address::AddressError;
+pub use load::{
+    ConfigOverrides, LoadedConfig, SYSTEM_FILE, Surroundings, check_file, exposed, find_file, load,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -76,4 +88,15 @@ pub enum Reload {
     Signal,
     /// On SIGHUP, and when the directory changed and was then quiet for a second.
     Watch,
+}
+
+/// JSON Schema (draft 2020-12) of the file.
+#[must_use]
+pub fn schema() -> serde_json::Value {
+    use crate::policy::schema::{DIALECT, object, properties};
+
+    let mut schema = object(properties(&written::describe(), written::TABLES));
+    schema["$schema"] = DIALECT.into();
+    schema["title"] = "The dispatcher's own file".into();
+    schema
 }

@@ -3,6 +3,24 @@
 //! file (as written) → resolve (extends, defaults, provenance) → [`Policy`].
 //! Nothing here makes a system call but reading the policy directory.
 
+pub mod check;
+pub mod choose;
+pub mod compile;
+pub mod directory;
+pub mod explain;
+pub mod fault;
+pub mod glob;
+pub mod kinds;
+pub mod outline;
+pub mod profile;
+pub mod read;
+pub mod resolve;
+pub mod schema;
+pub mod store;
+pub mod tables;
+pub mod values;
+pub mod written;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,226 @@
+//! What can only be judged of a policy as a whole: keys that contradict each
+//! other, and what is allowed but surprising.
+
+use std::path::Path;
+
+use super::{
+    Protocol,
+    fault::{Fault, Place},
+    resolve::Effective,
+    tables::Entry,
+    written::{Resolved, instances},
+};
+use crate::{
+    jail::plan::{Mode, Network, Root},
+    units::{Limit, Size},
+};
+
+/// Most bytes of environment and arguments together.
+pub const ENVIRONMENT_MAX: usize = 128 << 10;
+
+/// The largest reply that clients take by default is 4 MiB, its envelope included.
+const OUTPUT_COMFORTABLE: u64 = 39 * (1 << 20) / 10;
+
+/// Everything that is wrong with a policy as a whole.
+#[must_use]
+pub fn faults(policy: &Effective) -> Vec<Fault> {
+    let holds = &policy.resolved;
+    let mut faults = Vec::new();
+    modes(policy, &mut faults);
+    services(holds, &mut faults);
+    binds(holds, &mut faults);
+    syscalls(holds, &mut faults);
+    environment(holds, &mut faults);
+    instances(&holds.instances, &mut faults);
+    for special in &policy.overrides {
+        instances(&special.resolved.instances, &mut faults);
+    }
+    faults
+}
+
+/// What is allowed, but may not be what was meant.
+#[must_use]
+pub fn warnings(policy: &Effective) -> Vec<Fault> {
+    let mut warnings = Vec::new();
+    not_built_yet(&policy.resolved, &mut warnings);
+    interpreters_out_of_reach(&policy.resolved, &mut warnings);
+    let overrides = policy.overrides.iter().map(|special| &special.resolved);
+    for holds in std::iter::once(&policy.resolved).chain(overrides) {
+        large_output(holds, &mut warnings);
+        grpc(holds, &mut warnings);
+    }
+    warnings
+}
+
+/// Whether calls may run in `mode`.
+#[must_use]
+pub fn may_run_in(holds: &Resolved, mode: Mode) -> bool {
+    holds.general.mode.value == mode
+        || holds.general.allow_modes.value.items.iter().any(|item| item.value == mode)
+}
+
+fn modes(policy: &Effective, faults: &mut Vec<Fault>) {
+    let holds = &policy.resolved;
+    let general = &holds.general;
+    if general.faulty.contains(&"mode") || general.faulty.contains(&"allow_modes") {
+        return;
+    }
+    if general.mode.value == Mode::Direct {
+        for entry in not_in_direct_mode(holds) {
+            let place = nearest_place(policy, entry.place);
+            let key = format!("{}.{}", entry.table, entry.key);
+            let message = if place == entry.place {
+                format!(
+                    "{key} can't be honoured in direct mode (mode is set at {})",
+                    general.mode.place
+                )
+            } else {
+                format!("mode is \"direct\", which can't honour {key} (set at {})", entry.place)
+            };
+            faults.push(Fault::new(place, message, "leave it out, or write mode = \"jail\""));
+        }
+    }
+    let user = &holds.identity.user;
+    if !user.value.is_empty() && !may_run_in(holds, Mode::Direct) {
+        let message =
+            format!("identity.user is {:?}, which only direct mode can honour", user.value);
+        let help = "leave it out (in a jail each run has a host uid of its own), or write mode = \"direct\"";
+        faults.push(Fault::new(&user.place, message, help));
+    }
+}
+
+/// Keys that somebody wrote and direct mode can't give.
+fn not_in_direct_mode(holds: &Resolved) -> Vec<Entry<'_>> {
+    let mut entries = holds.filesystem.entries();
+    if holds.network.mode.value != Network::Host {
+        entries.extend(holds.network.entries());
+    }
+    entries.extend(holds.seccomp.entries());
+    entries.extend(holds.capabilities.entries());
+    entries.retain(|entry| entry.place.is_written());
+    entries
+}
+
+/// Where to show that `mode` and another key don't go together: in the policy's
+/// own file if either is there.
+fn nearest_place<'a>(policy: &'a Effective, key: &'a Place) -> &'a Place {
+    let mode = &policy.resolved.general.mode.place;
+    let own: Option<&Path> = policy.start.file();
+    if key.file() != own && mode.file() == own { mode } else { key }
+}
+
+fn services(holds: &Resolved, faults: &mut Vec<Fault>) {
+    let globs = &holds.services.allow.value.items;
+    if globs.len() < 2 {
+        return;
+    }
+    for glob in globs.iter().filter(|glob| glob.value.is_everything()) {
+        // An inherited "*" is no mistake where it is written, but where it is inherited.
+        let place = if glob.place.is_written() { &glob.place } else { &holds.services.allow.place };
+        let message = format!("services.allow has {:?} beside another", glob.value.to_string());
+        let help = "leave it out, or write [\"*\"] alone for every call";
+        faults.push(Fault::new(place, message, help));
+    }
+}
+
+fn binds(holds: &Resolved, faults: &mut Vec<Fault>) {
+    let binds = &holds.filesystem.bind.value.items;
+    for (index, bind) in binds.iter().enumerate() {
+        let target = bind.value.target.display();
+        if binds[..index].iter().any(|earlier| earlier.value.target == bind.value.target) {
+            let message = format!("filesystem.bind has the target \"{target}\" twice");
+            faults.push(Fault::new(&bind.place, message, "leave one of them out"));
+        }
+        let tmp = holds.filesystem.tmp.value.is_some();
+        if tmp && bind.value.target == Path::new("/tmp") {
+            let message = "filesystem.bind has the target \"/tmp\", which is the private one";
+            faults.push(Fault::new(
+                &bind.place,
+                message,
+                "write tmp = \"none\", or another target",
+            ));
+        }
+    }
+}
+
+fn syscalls(holds: &Resolved, faults: &mut Vec<Fault>) {
+    for denied in &holds.seccomp.deny.value.items {
+        // A child that denies what its parent allows means it; one file that does both doesn't.
+        let same_file = |place: &Place| place.file() == denied.place.file();
+        let allowed = holds.seccomp.allow.value.items.iter();
+        if allowed.clone().any(|at| at.value == denied.value && same_file(&at.place)) {
+            let message = format!("seccomp.deny has {:?}, which allow has too", denied.value);
+            faults.push(Fault::new(&denied.place, message, "leave it out of one of them"));
+        }
+    }
+}
+
+fn environment(holds: &Resolved, faults: &mut Vec<Fault>) {
+    let set = &holds.environment.set;
+    // As execve(2) counts: NAME=VALUE and a NUL.
+    let size: usize = set.value.iter().map(|(name, at)| name.len() + at.value.len() + 2).sum();
+    if size > ENVIRONMENT_MAX {
+        let message = format!("environment.set is {size} bytes");
+        let help =
+            format!("keep it, and the arguments of calls, below {}", Size(ENVIRONMENT_MAX as u64));
+        faults.push(Fault::new(&set.place, message, help));
+    }
+}
+
+fn instances(holds: &instances::Resolved, faults: &mut Vec<Fault>) {
+    if holds.faulty.is_empty() && holds.min.value > holds.max.value {
+        let message = format!(
+            "instances.min is {}, more than instances.max, {}",
+            holds.min.value, holds.max.value
+        );
+        let place = if holds.min.place.is_written() { &holds.min.place } else { &holds.max.place };
+        faults.push(Fault::new(place, message, "write a min that is not above max"));
+    }
+}
+
+fn not_built_yet(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    let general = &holds.general;
+    let asked = general.allow_modes.value.items.iter();
+    let modes = std::iter::once(&general.mode).chain(asked);
+    for mode in modes.filter(|mode| mode.value == Mode::Container) {
+        let message = "container mode isn't built yet: such calls are answered UNIMPLEMENTED";
+        warnings.push(Fault::new(&mode.place, message, "write mode = \"jail\" until then"));
+    }
+}
+
+fn grpc(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    let protocol = &holds.call.protocol;
+    if protocol.value == Protocol::Grpc {
+        let message = "protocol \"grpc\" isn't built yet: such calls are answered UNIMPLEMENTED";
+        warnings.push(Fault::new(&protocol.place, message, "write \"exec\" until then"));
+    }
+}
+
+fn large_output(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    let output = &holds.limits.output;
+    if !Limit::At(OUTPUT_COMFORTABLE).allows(output.value.finite().unwrap_or(u64::MAX)) {
+        let message = "limits.output is above 3.9MiB, and clients take replies of 4MiB by default";
+        let help = "write at most \"3.9MiB\", or make the clients' receive limit larger";
+        warnings.push(Fault::new(&output.place, message, help));
+    }
+}
+
+fn interpreters_out_of_reach(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    if holds.filesystem.root.value != Root::Empty || !may_run_in(holds, Mode::Jail) {
+        return;
+    }
+    for interpreter in &holds.artifacts.interpreters.value.items {
+        let mut binds = holds.filesystem.bind.value.items.iter();
+        if !binds.any(|bind| interpreter.value.starts_with(&bind.value.target)) {
+            let message = format!(
+                "artifacts.interpreters has {:?}, which an empty root doesn't have",
+                interpreter.value.display()
+            );
+            warnings.push(Fault::new(
+                &interpreter.place,
+                message,
+                "write [filesystem] root = \"host\"",
+            ));
+        }
+    }
+}

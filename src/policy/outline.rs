@@ -1,0 +1,210 @@
+//! What a policy leads to, step by step, in words: the plan of `explain`.
+
+use std::{fmt::Display, time::Duration};
+
+use super::{OutputFormat, Policy, Protocol};
+use crate::{
+    jail::plan::{Bind, Control, Mode, Network, Root},
+    policy::{kinds::Text as _, values::Capability},
+    units::{Limit, Size, Span},
+};
+
+/// Each step, in the order in which a call meets it.
+#[must_use]
+pub fn steps(policy: &Policy) -> Vec<String> {
+    let mut steps = vec![admission(policy), artifact(policy)];
+    if policy.mode == Mode::Container || policy.protocol == Protocol::Grpc {
+        steps.push("the call is refused as UNIMPLEMENTED: this isn't built yet".to_owned());
+        return steps;
+    }
+    steps.push(cgroup(policy));
+    match policy.mode {
+        Mode::Direct => direct(policy, &mut steps),
+        _ => jail(policy, &mut steps),
+    }
+    steps.push(run(policy));
+    steps.push(watch(policy));
+    steps.push(
+        "when its first process ends: kill what is left, see the cgroup empty, read usage from it"
+            .to_owned(),
+    );
+    steps.push(reply(policy));
+    steps
+}
+
+fn admission(policy: &Policy) -> String {
+    let admission = &policy.admission;
+    format!(
+        "admission: {} at once, {} waiting for at most {}, {}",
+        limit(&admission.concurrency, |n| format!("{n} calls")),
+        limit(&admission.queue, ToString::to_string),
+        span(&admission.queue_timeout),
+        limit(&admission.rate, |rate| format!("{} begun per second", rate.0)),
+    )
+}
+
+fn artifact(policy: &Policy) -> String {
+    let artifacts = &policy.artifacts;
+    let mut sources = Vec::new();
+    if artifacts.inline {
+        sources.push("brought by the request".to_owned());
+    }
+    sources.push("held by its digest".to_owned());
+    sources.extend(artifacts.uris.iter().map(|uri| format!("from {uri}…")));
+    let mut text = format!(
+        "executable: {}; at most {}",
+        sources.join(", or "),
+        size(&policy.limits.artifact_size)
+    );
+    if !artifacts.digests.is_empty() {
+        text += &format!("; only {} listed digests", artifacts.digests.len());
+    }
+    if !artifacts.interpreters.is_empty() {
+        text += &format!("; scripts for {}", artifacts.interpreters.join(", "));
+    }
+    text
+}
+
+fn cgroup(policy: &Policy) -> String {
+    let limits = &policy.limits;
+    format!(
+        "cgroup of its own: memory {}, swap {}, processes and threads {}, processors {}",
+        size(&limits.memory),
+        size(&limits.swap),
+        count(&limits.pids),
+        count(&limits.cpus),
+    )
+}
+
+fn jail(policy: &Policy, steps: &mut Vec<String>) {
+    let network = match policy.network {
+        Network::None => ", net (empty, lo is down)",
+        Network::Loopback => ", net (a lo of its own, up)",
+        Network::Host => "; the network is the host's",
+    };
+    steps.push(format!(
+        "namespaces: user (a host uid of its own), mount, pid (dispatch-init is PID 1), ipc, uts, cgroup{network}"
+    ));
+    steps.push(match &policy.filesystem.root {
+        Root::Empty => "root: empty and read-only; static executables only".to_owned(),
+        Root::Host => {
+            "root: the host's /usr, /bin, /lib*, /sbin, /opt and a minimal /etc, read-only"
+                .to_owned()
+        }
+        Root::Directory(path) => format!("root: {}, read-only", path.display()),
+    });
+    steps.extend(policy.filesystem.binds.iter().map(bind));
+    steps.push(
+        "/dev with null, zero, full, random, urandom; /proc read-only, own processes only"
+            .to_owned(),
+    );
+    let exec = if policy.filesystem.tmp_exec { "executables allowed" } else { "noexec" };
+    steps.push(match &policy.filesystem.tmp {
+        Some(tmp) => format!("/tmp: private, {}, {exec}", size(tmp)),
+        None => "/tmp: none".to_owned(),
+    });
+    steps.push(rlimits(policy));
+    steps.push(format!(
+        "identity: uid and gid 65534, no other groups, {}, no_new_privs",
+        capabilities(policy)
+    ));
+    let memfds = if policy.filesystem.tmp_exec { "" } else { "; memfds can't be executed" };
+    steps.push(format!("Landlock: nothing beyond that root{memfds}"));
+    steps.push(format!(
+        "seccomp: {} system calls allowed, the deadly ones end the run",
+        policy.syscalls.allowed.len()
+    ));
+    steps.push(best_effort(&policy.best_effort));
+}
+
+fn direct(policy: &Policy, steps: &mut Vec<String>) {
+    let user = if policy.user.is_empty() { "nobody" } else { &policy.user };
+    steps.push(
+        "namespaces: pid (dispatch-init is PID 1); file system and network are the host's"
+            .to_owned(),
+    );
+    steps.push(rlimits(policy));
+    steps.push(format!(
+        "identity: the host's user {user}, no other groups, no capability, no_new_privs"
+    ));
+    steps.push(best_effort(&policy.best_effort));
+}
+
+fn bind(bind: &Bind) -> String {
+    let access = if bind.read_only { "read-only" } else { "writable" };
+    format!("{} shown at {}, {access}", bind.source.display(), bind.target.display())
+}
+
+fn rlimits(policy: &Policy) -> String {
+    let limits = &policy.limits;
+    format!(
+        "resource limits: {} open files, files of {}, no core dumps",
+        count(&limits.open_files),
+        size(&limits.file_size)
+    )
+}
+
+fn capabilities(policy: &Policy) -> String {
+    if policy.keep_capabilities.is_empty() {
+        return "no capability".to_owned();
+    }
+    let names: Vec<String> = policy.keep_capabilities.iter().map(Capability::show).collect();
+    format!("within its own user namespace {}", names.join(", "))
+}
+
+fn best_effort(controls: &[Control]) -> String {
+    if controls.is_empty() {
+        return "every control must be in force, or the call is refused".to_owned();
+    }
+    let words: Vec<&str> = controls.iter().map(|control| control.word()).collect();
+    format!("every control but {} must be in force, or the call is refused", words.join(", "))
+}
+
+fn run(policy: &Policy) -> String {
+    let mut names: Vec<&str> = policy.environment.keys().map(String::as_str).collect();
+    names.push("DISPATCHER_*");
+    names.push("GRPC_INPUT_DATA");
+    format!(
+        "run: execveat of the sealed executable; stdin is the input, at most {}; environment {}",
+        size(&policy.limits.input),
+        names.join(", ")
+    )
+}
+
+fn watch(policy: &Policy) -> String {
+    let limits = &policy.limits;
+    format!(
+        "watch: ended after {} of wall clock, {} of CPU time, or {} of stdout",
+        span(&limits.timeout),
+        span(&limits.cpu_time),
+        size(&limits.output)
+    )
+}
+
+fn reply(policy: &Policy) -> String {
+    let output = match policy.output {
+        OutputFormat::Status => "a collector.Status with stdout as its message",
+        OutputFormat::Bytes => "a BytesValue of stdout",
+        OutputFormat::Any => "the Any that stdout is",
+    };
+    format!("reply: {output}, and the last {} of stderr", size(&policy.limits.stderr))
+}
+
+fn limit<T>(limit: &Limit<T>, show: impl Fn(&T) -> String) -> String {
+    match limit {
+        Limit::At(value) => show(value),
+        Limit::Unlimited => "unlimited".to_owned(),
+    }
+}
+
+fn size(value: &Limit<u64>) -> String {
+    limit(value, |bytes| Size(*bytes).to_string())
+}
+
+fn count(value: &Limit<impl Display>) -> String {
+    limit(value, ToString::to_string)
+}
+
+fn span(value: &Limit<Duration>) -> String {
+    limit(value, |duration| Span(*duration).to_string())
+}
