@@ -3,6 +3,7 @@
 //! The binary (`src/main.rs`) is a thin shell around this library.
 //! ARCHITECTURE.md is the map.
 
+pub mod cli;
 pub mod config;
 pub mod execute;
 pub mod jail;

@@ -114,6 +114,14 @@ pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Res
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
+/// The user and primary group id of a host account; `None` where there is none
+/// of this name, or the account database can't be asked.
+#[must_use]
+pub fn account(name: &str) -> Option<(u32, u32)> {
+    let user = nix::unistd::User::from_name(name).ok().flatten()?;
+    Some((user.uid.as_raw(), user.gid.as_raw()))
+}
+
 /// Makes an owned descriptor of a raw number that a parent process passed on.
 ///
 /// # Safety

@@ -23,6 +23,7 @@ use crate::{
         seccomp::{profile::default_profile, syscalls},
     },
     names::Digest,
+    sys,
 };
 
 /// The built-in profile's name.
@@ -44,8 +45,15 @@ pub struct Loaded {
     pub effective: BTreeMap<String, Effective>,
 }
 
-/// Looks a host user up by name.
+/// Looks a host user up by name; [`host_user`] but in tests.
 pub type Users<'a> = &'a dyn Fn(&str) -> Option<HostUser>;
+
+/// This host's user of that name.
+#[must_use]
+pub fn host_user(name: &str) -> Option<HostUser> {
+    let (uid, gid) = sys::account(name)?;
+    Some(HostUser { name: name.to_owned(), uid, gid })
+}
 
 /// Loads every policy of a directory.
 ///

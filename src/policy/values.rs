@@ -286,6 +286,9 @@ impl Text for ProfileName {
     }
 }
 
+/// Above every system call number in use.
+const SYSCALLS_END: u32 = 1024;
+
 /// A system call, by name.
 pub struct Syscall;
 
@@ -297,7 +300,10 @@ impl Text for Syscall {
     fn parse(text: &str) -> Result<String, Wrong> {
         match syscalls::number(text) {
             Some(_) => Ok(text.to_owned()),
-            None => Err(unknown(text, "a system call of this architecture", syscalls::names())),
+            None => {
+                let known = (0..SYSCALLS_END).filter_map(syscalls::name);
+                Err(unknown(text, "a system call of this architecture", known))
+            }
         }
     }
 

@@ -1,0 +1,142 @@
+//! `dispatcher config`: check the server's own file, print its schema.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::{Args, Subcommand};
+
+use crate::{
+    config::{self, Surroundings},
+    policy::fault::Fault,
+};
+
+/// The thing checked is wrong.
+const WRONG: u8 = 1;
+
+/// Arguments of `dispatcher config`.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    #[command(subcommand)]
+    command: ConfigCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Tell everything that is wrong with the server's own file, as FILE:LINE:COLUMN
+    Check {
+        /// The file [default: $DISPATCHER_CONFIG, else the one that `serve` would read]
+        file: Option<PathBuf>,
+    },
+    /// Print the JSON Schema of the server's own file
+    Schema,
+}
+
+/// Runs the command.
+#[must_use]
+pub fn run(args: &ConfigArgs) -> ExitCode {
+    let mut stdout = io::stdout().lock();
+    let mut stderr = io::stderr().lock();
+    let outcome = run_with(args, &Surroundings::current(), &mut stdout, &mut stderr);
+    let outcome = outcome.and_then(|code| {
+        stdout.flush()?;
+        Ok(code)
+    });
+    outcome.map_or(ExitCode::from(WRONG), ExitCode::from)
+}
+
+fn run_with(
+    args: &ConfigArgs,
+    surroundings: &Surroundings<'_>,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<u8> {
+    match &args.command {
+        ConfigCommand::Check { file } => match config::find_file(file.as_deref(), surroundings) {
+            Some(file) => check(&file, surroundings, out, err),
+            None => {
+                writeln!(out, "{}: not there; the defaults hold", config::SYSTEM_FILE)?;
+                Ok(0)
+            }
+        },
+        ConfigCommand::Schema => {
+            writeln!(out, "{:#}", config::schema())?;
+            Ok(0)
+        }
+    }
+}
+
+fn check(
+    file: &Path,
+    surroundings: &Surroundings<'_>,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<u8> {
+    match config::check_file(file, surroundings) {
+        Ok(()) => {
+            for fault in config::exposed(file) {
+                let message = format!("warning: {}", fault.message);
+                writeln!(err, "{}", Fault { message, ..fault })?;
+            }
+            writeln!(out, "{}: no faults", file.display())?;
+            Ok(0)
+        }
+        Err(faults) => {
+            for fault in &faults {
+                writeln!(err, "{fault}")?;
+            }
+            Ok(WRONG)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: ConfigArgs,
+    }
+
+    fn config(arguments: &[&str]) -> (u8, String, String) {
+        let cli = Cli::try_parse_from([&["config"], arguments].concat()).unwrap();
+        let surroundings = Surroundings {
+            variable: &|_| None,
+            root: true,
+            host_name: "here".to_owned(),
+            subuid: String::new(),
+        };
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = run_with(&cli.args, &surroundings, &mut out, &mut err).unwrap();
+        (code, String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
+    }
+
+    #[test]
+    fn check_tells_faults_and_exposure() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("d.toml").to_str().unwrap().to_owned();
+        std::fs::write(&path, "[server]\nlisten = [\"0.0.0.0:1\"]\n").unwrap();
+        let (code, out, err) = config(&["check", &path]);
+        assert_eq!((code, out), (0, format!("{path}: no faults\n")));
+        assert!(err.starts_with(&format!("{path}:2:11: warning: server.listen has")), "{err}");
+
+        std::fs::write(&path, "[server]\nlisten = []\nport = 3\n").unwrap();
+        let (code, out, err) = config(&["check", &path]);
+        assert_eq!((code, out.as_str()), (1, ""));
+        assert_eq!(err.lines().count(), 2, "{err}");
+        assert_eq!(config(&["check", "/nowhere"]).0, 1);
+    }
+
+    #[test]
+    fn the_schema_is_json() {
+        let (code, out, _) = config(&["schema"]);
+        assert_eq!(code, 0);
+        assert!(serde_json::from_str::<serde_json::Value>(&out).is_ok());
+    }
+}

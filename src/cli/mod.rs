@@ -1,0 +1,4 @@
+//! A file per command.
+
+pub mod config;
+pub mod policy;
