@@ -201,10 +201,13 @@ pub enum Network {
 
 /// Which system calls a run may make, apart from the deadly ones, which lie
 /// over every profile (`jail::seccomp`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyscallPolicy {
     /// The allowlist: number → argument conditions.
     pub allowed: BTreeMap<u32, Allowed>,
+    /// What calls that are not allowed answer, where the profile says it:
+    /// number → errno(3). Others answer EPERM, or ENOSYS where programs expect that.
+    pub errnos: BTreeMap<u32, u16>,
 }
 
 /// When an allowlisted system call is allowed.
