@@ -1,0 +1,350 @@
+//! The cgroup of one run, in all hierarchies.
+
+use std::{
+    cell::Cell,
+    fs::File,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{Mode, OFlags},
+    process::Pid,
+};
+
+use super::{
+    CgroupError, CgroupLimits, Control, CpuUsage, Hierarchy, Kind, Reason, Usage, files,
+    layout::Controller, mend, usage::OomCounts, v1, v2, values,
+};
+use crate::jail::message::Oom;
+
+/// One run's cgroup. Dropping it leaves the directories: [`Cgroup::remove`] them.
+#[derive(Debug)]
+pub struct Cgroup {
+    sources: Vec<Source>,
+    /// Its v2 directory, opened for clone3(2).
+    unified: Option<OwnedFd>,
+    enforced: Vec<Control>,
+    features: values::Features,
+    /// CPU time used before the program was told to start.
+    cpu_baseline: CpuUsage,
+    /// v2 from Linux 6.12: counts from the program's start.
+    fresh_peak: Option<File>,
+    /// The most that was seen by looking, where the kernel keeps no peak.
+    seen: Cell<Seen>,
+}
+
+/// Its directory in one hierarchy, and the controllers it has there.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) kind: Kind,
+    pub(super) path: PathBuf,
+    pub(super) controllers: Vec<Controller>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    pids: u64,
+    memory: u64,
+}
+
+impl Cgroup {
+    /// Makes the directories and sets the limits; also gives the limits that could not be set.
+    pub(super) fn make(
+        hierarchy: &Hierarchy,
+        name: &str,
+        limits: &CgroupLimits,
+    ) -> Result<(Self, Vec<(Control, Reason)>), CgroupError> {
+        let mut cgroup = Self {
+            sources: Vec::new(),
+            unified: None,
+            enforced: Vec::new(),
+            features: hierarchy.features,
+            cpu_baseline: CpuUsage::default(),
+            fresh_peak: None,
+            seen: Cell::default(),
+        };
+        for source in hierarchy.directories(name) {
+            if let Err(error) = cgroup.add(source) {
+                cgroup.remove().ok();
+                return Err(error);
+            }
+        }
+        let mut refused = Vec::new();
+        for (control, result) in cgroup.limit(hierarchy, limits) {
+            match result {
+                Ok(()) => cgroup.enforced.push(control),
+                Err(reason) => refused.push((control, reason)),
+            }
+        }
+        if cgroup.unified.is_some() && cgroup.features.kill {
+            cgroup.enforced.push(Control::CgroupKill);
+        }
+        if cgroup.cpu_source().is_some() {
+            cgroup.enforced.push(Control::CpuTime);
+        }
+        Ok((cgroup, refused))
+    }
+
+    fn add(&mut self, source: Source) -> Result<(), CgroupError> {
+        let failed = |what, error: io::Error| CgroupError::Io {
+            what,
+            path: source.path.clone(),
+            source: error,
+        };
+        files::make(&source.path).map_err(|error| failed("making", error))?;
+        self.sources.push(source.clone());
+        if source.kind.is_unified() {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let fd = rustix::fs::open(&source.path, flags, Mode::empty());
+            self.unified = Some(fd.map_err(|error| failed("opening", error.into()))?);
+        }
+        Ok(())
+    }
+
+    /// Each finite limit with how setting it went.
+    fn limit(
+        &self,
+        hierarchy: &Hierarchy,
+        limits: &CgroupLimits,
+    ) -> Vec<(Control, Result<(), Reason>)> {
+        let mut results = Vec::new();
+        let memory = self.source(Controller::Memory);
+        if let Some(bytes) = limits.memory.finite() {
+            let set = |source: &Source| values::memory(source.kind, &source.path, bytes);
+            results.push(given(hierarchy, Control::CgroupMemory, memory, set));
+        }
+        if let Some(bytes) = limits.swap.finite() {
+            let source = memory.map(|source| (source.kind, source.path.as_path()));
+            let result = values::swap(source, limits.memory, bytes);
+            let told = |_| hierarchy.reason(Control::CgroupMemory);
+            let result = match (result, memory) {
+                (Err(reason), None) => Err(told(&reason).unwrap_or(reason)),
+                (result, _) => result,
+            };
+            results.push((Control::CgroupSwap, result));
+        }
+        if let Some(tasks) = limits.pids.finite() {
+            let set = |source: &Source| values::pids(source.kind, &source.path, tasks);
+            results.push(given(hierarchy, Control::CgroupPids, self.source(Controller::Pids), set));
+        }
+        if let Some(cpus) = limits.cpus.finite() {
+            let ceiling = hierarchy.cpu_ceiling;
+            let set = |source: &Source| values::cpu(source.kind, &source.path, cpus, ceiling);
+            results.push(given(hierarchy, Control::CgroupCpu, self.source(Controller::Cpu), set));
+        }
+        results
+    }
+
+    /// The controls of [`super::CONTROLS`] that are in force: the finite limits
+    /// that were set, `cgroup.kill`, and `cpu_time` where CPU time can be read.
+    #[must_use]
+    pub fn enforced(&self) -> &[Control] {
+        &self.enforced
+    }
+
+    /// Its v2 directory, for clone3(2) with `CLONE_INTO_CGROUP`. After that,
+    /// [`Cgroup::attach_rest`] does what v1 hierarchies need.
+    #[must_use]
+    pub fn v2_dir_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.unified.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// Puts the process into every hierarchy's cgroup.
+    ///
+    /// # Errors
+    /// [`CgroupError::Attach`], with ESRCH when it is gone.
+    pub fn attach(&self, pid: Pid) -> Result<(), CgroupError> {
+        self.attach_to(pid, |_| true)
+    }
+
+    /// Puts a process that was cloned into [`Cgroup::v2_dir_fd`] into the others.
+    ///
+    /// # Errors
+    /// Those of [`Cgroup::attach`].
+    pub fn attach_rest(&self, pid: Pid) -> Result<(), CgroupError> {
+        self.attach_to(pid, |kind| !kind.is_unified())
+    }
+
+    fn attach_to(&self, pid: Pid, wanted: impl Fn(Kind) -> bool) -> Result<(), CgroupError> {
+        let pid = pid.as_raw_nonzero().get();
+        for source in self.sources.iter().filter(|source| wanted(source.kind)) {
+            files::move_process(&source.path, pid).map_err(|error| CgroupError::Attach {
+                pid,
+                path: source.path.clone(),
+                source: error,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Call it when the program is told to start: what init used before is left
+    /// out of the figures from here on, as far as the kernel lets it.
+    ///
+    /// # Errors
+    /// Those of reading and writing the cgroup's files.
+    pub fn start_measuring(&mut self) -> io::Result<()> {
+        if let Some(memory) = self.source(Controller::Memory) {
+            match memory.kind {
+                Kind::Legacy => v1::reset_memory_peak(&memory.path)?,
+                Kind::Unified => self.fresh_peak = v2::fresh_memory_peak(&memory.path),
+            }
+        }
+        if self.cpu_source().is_some() {
+            self.cpu_baseline = self.raw_cpu_usage()?;
+        }
+        Ok(())
+    }
+
+    /// Kills every process in it at once. `false` where the kernel cannot: then
+    /// kill init, whose pid namespace takes the others along.
+    #[must_use]
+    pub fn kill(&self) -> bool {
+        self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
+    }
+
+    /// Whether no live process is left in it.
+    ///
+    /// # Errors
+    /// Those of reading its files; `Unsupported` where no hierarchy could be had.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        match self.unified_path() {
+            Some(path) => v2::is_empty(path),
+            None if self.sources.is_empty() => Err(io::ErrorKind::Unsupported.into()),
+            None => {
+                for source in &self.sources {
+                    if !v1::is_empty(&source.path)? {
+                        return Ok(false);
+                    }
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// CPU time of the whole tree since [`Cgroup::start_measuring`].
+    ///
+    /// # Errors
+    /// Those of reading its files; `Unsupported` where nothing counts it.
+    pub fn cpu_usage(&self) -> io::Result<CpuUsage> {
+        self.look();
+        Ok(self.raw_cpu_usage()?.since(&self.cpu_baseline))
+    }
+
+    fn raw_cpu_usage(&self) -> io::Result<CpuUsage> {
+        match self.cpu_source() {
+            Some((Kind::Unified, path)) => v2::cpu_usage(path),
+            Some((Kind::Legacy, path)) => v1::cpu_usage(path),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// What the run used. Ask when it is over and before [`Cgroup::remove`].
+    /// A figure that cannot be read is 0.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let cpu = self.cpu_usage().unwrap_or_default();
+        let pids = self.source(Controller::Pids);
+        let pids = pids.and_then(|pids| files::number(&pids.path, "pids.peak").ok());
+        let tasks = pids.unwrap_or(self.seen.get().pids).saturating_sub(1).max(1);
+        Usage {
+            user: cpu.user,
+            system: cpu.system,
+            memory_peak: self.memory_peak().unwrap_or(self.seen.get().memory),
+            pids_peak: u32::try_from(tasks).unwrap_or(u32::MAX),
+            oom_kills: self.oom_counts().kills,
+        }
+    }
+
+    fn memory_peak(&self) -> Option<u64> {
+        if let Some(file) = &self.fresh_peak {
+            return v2::read_peak(file).ok();
+        }
+        let memory = self.source(Controller::Memory)?;
+        match memory.kind {
+            Kind::Unified => files::number(&memory.path, "memory.peak").ok(),
+            Kind::Legacy => v1::memory_peak(&memory.path).ok(),
+        }
+    }
+
+    /// Whether processes were killed for want of memory, and by whose limit. Ask
+    /// after the wait status was seen: the count is complete by then.
+    #[must_use]
+    pub fn oom(&self) -> Oom {
+        match self.oom_counts() {
+            OomCounts { kills: 0, .. } => Oom::None,
+            OomCounts { own_limit: true, .. } => Oom::Own,
+            OomCounts { own_limit: false, .. } => Oom::Host,
+        }
+    }
+
+    fn oom_counts(&self) -> OomCounts {
+        let counts = self.source(Controller::Memory).map(|memory| match memory.kind {
+            Kind::Unified => v2::oom(&memory.path),
+            Kind::Legacy => v1::oom(&memory.path),
+        });
+        counts.and_then(Result::ok).unwrap_or_default()
+    }
+
+    /// Removes its directories.
+    ///
+    /// # Errors
+    /// Itself, when a process is still in it: keep it aside and try again later.
+    pub fn remove(self) -> Result<(), Self> {
+        let mut gone = true;
+        for source in &self.sources {
+            if !source.kind.is_unified() && source.controllers.contains(&Controller::Memory) {
+                // Else pages it touched stay charged, and hold the dead cgroup in the kernel.
+                let _fails_only_where_removal_does =
+                    files::write(&source.path, "memory.force_empty", "0");
+            }
+            gone &= files::remove(&source.path).is_ok();
+        }
+        if gone { Ok(()) } else { Err(self) }
+    }
+
+    /// Notes what there is now, where the kernel keeps no peak.
+    fn look(&self) {
+        let mut seen = self.seen.get();
+        if !self.features.pids_peak
+            && let Some(pids) = self.source(Controller::Pids)
+        {
+            let now = files::number(&pids.path, "pids.current").unwrap_or(0);
+            seen.pids = seen.pids.max(now);
+        }
+        if !self.features.memory_peak
+            && let Some(memory) = self.source(Controller::Memory)
+        {
+            let now = files::number(&memory.path, "memory.current").unwrap_or(0);
+            seen.memory = seen.memory.max(now);
+        }
+        self.seen.set(seen);
+    }
+
+    fn source(&self, controller: Controller) -> Option<&Source> {
+        self.sources.iter().find(|source| source.controllers.contains(&controller))
+    }
+
+    fn unified_path(&self) -> Option<&Path> {
+        let source = self.sources.iter().find(|source| source.kind.is_unified())?;
+        Some(&source.path)
+    }
+
+    fn cpu_source(&self) -> Option<(Kind, &Path)> {
+        let unified = self.unified_path().map(|path| (Kind::Unified, path));
+        unified.or_else(|| {
+            self.source(Controller::Cpuacct).map(|source| (source.kind, source.path.as_path()))
+        })
+    }
+}
+
+fn given(
+    hierarchy: &Hierarchy,
+    control: Control,
+    source: Option<&Source>,
+    set: impl Fn(&Source) -> Result<(), Reason>,
+) -> (Control, Result<(), Reason>) {
+    let reason = || hierarchy.reason(control).unwrap_or_else(mend::no_controller);
+    (control, source.ok_or_else(reason).and_then(set))
+}

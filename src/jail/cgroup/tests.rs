@@ -1,0 +1,469 @@
+//! What the kernel makes of it. These need root, or a delegated v2 subtree; a
+//! skip says so, and is a failure where `CI` is set.
+
+use std::{
+    fs,
+    os::fd::{AsRawFd as _, OwnedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, waitpid};
+
+use super::{layout::Layout, *};
+use crate::jail::message::Oom;
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One test at a time: a process forked by one would hold the others' locks for a moment.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+struct Host {
+    hierarchy: Hierarchy,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Host {
+    /// An open hierarchy that gives `needed`; `None` where the host cannot.
+    fn open(name: &str, needed: &[Control]) -> Option<Self> {
+        Self::open_with(needed, || Hierarchy::open("", &unique(name), &[rustix::process::getpid()]))
+    }
+
+    fn open_with(
+        needed: &[Control],
+        open: impl FnOnce() -> Result<Hierarchy, CgroupError>,
+    ) -> Option<Self> {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let hierarchy = open().unwrap();
+        let lacking = needed.iter().find_map(|control| hierarchy.available().lacking(*control));
+        let Some(lack) = lacking else { return Some(Self { hierarchy, _turn: turn }) };
+        let text = format!("{} can't be had here: {}; {}", lack.control, lack.why, lack.mend);
+        hierarchy.close().unwrap();
+        assert!(std::env::var_os("CI").is_none(), "{text}");
+        eprintln!("skipped: {text}");
+        None
+    }
+
+    /// Closes, and sees that nothing is left.
+    fn close(self) {
+        let directories = self.directories();
+        self.hierarchy.close().unwrap();
+        for directory in directories {
+            assert!(!directory.exists(), "{} is left", directory.display());
+        }
+    }
+
+    /// The instance directories.
+    fn directories(&self) -> Vec<PathBuf> {
+        let inner = self.hierarchy.directories("x");
+        inner.iter().map(|source| source.path.parent().unwrap().to_owned()).collect()
+    }
+
+    fn memory_directory(&self) -> (Kind, PathBuf) {
+        let inner = self.hierarchy.directories("x");
+        let memory = inner.iter().find(|s| s.controllers.contains(&layout::Controller::Memory));
+        let memory = memory.unwrap();
+        (memory.kind, memory.path.parent().unwrap().to_owned())
+    }
+}
+
+fn unique(name: &str) -> String {
+    format!("test-{}-{name}", std::process::id())
+}
+
+fn limits() -> CgroupLimits {
+    CgroupLimits {
+        memory: Limit::At(32 * MIB),
+        swap: Limit::At(0),
+        cpus: Limit::At(MilliCpus(1000)),
+        pids: Limit::At(16),
+    }
+}
+
+/// A forked child that waits for its start. It only makes system calls: the
+/// test's own process has threads.
+struct Child {
+    pid: Pid,
+    start: Option<OwnedFd>,
+}
+
+impl Child {
+    /// Forks, puts the child into `cgroup` and lets it run `body`.
+    fn run(cgroup: &Cgroup, body: fn()) -> Self {
+        let mut child = Self::fork(body);
+        cgroup.attach(child.pid).unwrap();
+        child.start.take();
+        child
+    }
+
+    fn fork(body: fn()) -> Self {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let (read_raw, write_raw) = (read.as_raw_fd(), write.as_raw_fd());
+        // SAFETY: the child only makes system calls before it ends.
+        match unsafe { libc::fork() } {
+            0 => {
+                let mut byte = 0_u8;
+                // SAFETY: a failed test leaves no process: its thread's end is this one's.
+                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+                // SAFETY: closes this copy, so that the end of file can come.
+                unsafe { libc::close(write_raw) };
+                // SAFETY: `byte` is valid for one byte.
+                unsafe { libc::read(read_raw, (&raw mut byte).cast(), 1) };
+                // SAFETY: as init does: what this process inherited, the
+                // instance's locks among it, is closed in this copy only.
+                unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+                body();
+                // SAFETY: ends the copy without running the test harness's ends.
+                unsafe { libc::_exit(0) }
+            }
+            pid => Self { pid: Pid::from_raw(pid).expect("fork"), start: Some(write) },
+        }
+    }
+
+    fn wait(&self) -> WaitStatus {
+        waitpid(Some(self.pid), WaitOptions::empty()).unwrap().unwrap().1
+    }
+}
+
+fn pause_forever() {
+    loop {
+        // SAFETY: waits for a signal.
+        unsafe { libc::pause() };
+    }
+}
+
+fn spin_forever() {
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+/// Writes to `bytes` of fresh memory, page by page, and gives it back.
+fn touch(bytes: usize) {
+    let (access, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) };
+    for offset in (0..bytes).step_by(4096) {
+        // SAFETY: within the mapping just made.
+        unsafe { start.cast::<u8>().add(offset).write_volatile(1) };
+    }
+    // SAFETY: nothing refers to it any more.
+    unsafe { libc::munmap(start, bytes) };
+}
+
+fn hog() {
+    touch(256 << 20);
+}
+
+/// Forks until the kernel refuses; exits with how many there were.
+fn fork_all() {
+    let mut children = 0;
+    // SAFETY: the children only wait.
+    while children < 100 && unsafe { libc::fork() } > 0 {
+        children += 1;
+    }
+    if children == 0 || children == 100 {
+        pause_forever();
+    }
+    // SAFETY: ends the copy.
+    unsafe { libc::_exit(children) }
+}
+
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not come to pass");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn remove(mut cgroup: Cgroup) {
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(back) = cgroup.remove() {
+        assert!(Instant::now() < deadline, "{back:?} stays");
+        cgroup = back;
+    }
+}
+
+#[test]
+fn limits_are_in_force_before_anyone_is_in() {
+    let Some(host) = Host::open("limits", &CONTROLS) else { return };
+    let cgroup = host.hierarchy.create("run", &limits(), &[]).unwrap();
+    let mut enforced = cgroup.enforced().to_vec();
+    enforced.sort();
+    assert_eq!(enforced, CONTROLS);
+    let value = |legacy: &str, unified: &str| {
+        host.hierarchy
+            .directories("run")
+            .iter()
+            .find_map(|source| {
+                let file = if source.kind.is_unified() { unified } else { legacy };
+                fs::read_to_string(source.path.join(file)).ok()
+            })
+            .map(|text| text.trim().to_owned())
+    };
+    let memory = (32 * MIB).to_string();
+    assert_eq!(value("memory.limit_in_bytes", "memory.max").as_deref(), Some(&*memory));
+    assert_eq!(value("pids.max", "pids.max").as_deref(), Some("17"), "init is allowed for");
+    let cpu = value("cpu.cfs_quota_us", "cpu.max").unwrap();
+    assert!(["100000", "100000 100000"].contains(&&*cpu), "{cpu}");
+    if let Some(swap) = value("memory.memsw.limit_in_bytes", "memory.swap.max") {
+        assert!([&*memory, "0"].contains(&&*swap), "{swap}");
+    }
+    assert!(cgroup.is_empty().unwrap());
+    assert!(host.hierarchy.create("run", &limits(), &[]).is_err(), "the name is taken");
+    remove(cgroup);
+    let tiny = CgroupLimits { cpus: Limit::At(MilliCpus(1)), ..CgroupLimits::UNLIMITED };
+    let cgroup = host.hierarchy.create("run", &tiny, &[]).unwrap();
+    assert!(cgroup.enforced().contains(&Control::CgroupCpu), "the smallest share is a valid quota");
+    assert!(!cgroup.enforced().contains(&Control::CgroupMemory));
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn a_tenant_over_its_own_limit_is_blamed() {
+    let Some(host) = Host::open("own", &[Control::CgroupMemory, Control::CgroupSwap]) else {
+        return;
+    };
+    let mut cgroup = host.hierarchy.create("run", &limits(), &[]).unwrap();
+    cgroup.start_measuring().unwrap();
+    assert_eq!(cgroup.oom(), Oom::None);
+    let child = Child::run(&cgroup, hog);
+    assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
+    assert_eq!(cgroup.oom(), Oom::Own);
+    let usage = cgroup.usage();
+    assert_eq!(usage.oom_kills, 1);
+    assert!((30 * MIB..=32 * MIB).contains(&usage.memory_peak), "{usage:?}");
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn a_tenant_under_its_own_limit_is_not_blamed() {
+    let Some(host) = Host::open("host", &[Control::CgroupMemory, Control::CgroupSwap]) else {
+        return;
+    };
+    let (kind, above) = host.memory_directory();
+    let file = if kind.is_unified() { "memory.max" } else { "memory.limit_in_bytes" };
+    let swap = if kind.is_unified() { "memory.swap.max" } else { "memory.memsw.limit_in_bytes" };
+    files::write(&above, file, "16777216").unwrap();
+    if above.join(swap).exists() {
+        files::write(&above, swap, if kind.is_unified() { "0" } else { "16777216" }).unwrap();
+    }
+    let cgroup = host.hierarchy.create("run", &limits(), &[]).unwrap();
+    let child = Child::run(&cgroup, hog);
+    assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
+    assert_eq!(cgroup.oom(), Oom::Host);
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn what_was_used_before_the_start_is_forgotten() {
+    let Some(host) = Host::open("peak", &[Control::CgroupMemory, Control::CpuTime]) else {
+        return;
+    };
+    let mut cgroup = host.hierarchy.create("run", &limits(), &[]).unwrap();
+    let setup = Child::run(&cgroup, || touch(24 << 20));
+    assert_eq!(setup.wait().exit_status(), Some(0));
+    let before = cgroup.usage();
+    assert!(before.memory_peak >= 24 * MIB, "{before:?}");
+    cgroup.start_measuring().unwrap();
+    let program = Child::run(&cgroup, || touch(4 << 20));
+    assert_eq!(program.wait().exit_status(), Some(0));
+    let after = cgroup.usage();
+    assert!(after.memory_peak >= 4 * MIB, "{after:?}");
+    let forgets = !host.memory_directory().0.is_unified() || cgroup_peak_is_fresh(&cgroup);
+    assert_eq!(after.memory_peak < 16 * MIB, forgets, "{after:?}");
+    assert!(after.user + after.system < before.user + before.system, "{before:?} {after:?}");
+    remove(cgroup);
+    host.close();
+}
+
+fn cgroup_peak_is_fresh(cgroup: &Cgroup) -> bool {
+    format!("{cgroup:?}").contains("fresh_peak: Some")
+}
+
+#[test]
+fn tasks_are_limited_and_counted() {
+    let Some(host) = Host::open("pids", &[Control::CgroupPids]) else { return };
+    let five = CgroupLimits { pids: Limit::At(5), ..CgroupLimits::UNLIMITED };
+    let cgroup = host.hierarchy.create("run", &five, &[]).unwrap();
+    let child = Child::run(&cgroup, fork_all);
+    // Six may be in it, one of them init; here that one is the forker's fifth child.
+    assert_eq!(child.wait().exit_status(), Some(5));
+    assert_eq!(cgroup.usage().pids_peak, 5);
+    if !cgroup.kill() {
+        host.close();
+        return;
+    }
+    until("the end of the children", || cgroup.is_empty().unwrap());
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn processor_time_is_limited_and_counted() {
+    let Some(host) = Host::open("cpu", &[Control::CgroupCpu, Control::CpuTime]) else { return };
+    let tenth = CgroupLimits { cpus: Limit::At(MilliCpus(100)), ..CgroupLimits::UNLIMITED };
+    let cgroup = host.hierarchy.create("run", &tenth, &[]).unwrap();
+    let began = Instant::now();
+    let child = Child::run(&cgroup, spin_forever);
+    until("100 ms of CPU time", || {
+        cgroup.cpu_usage().unwrap().total() >= Duration::from_millis(100)
+    });
+    let wall = began.elapsed();
+    assert!(wall > Duration::from_millis(500), "100 ms at a tenth took only {wall:?}");
+    rustix::process::kill_process(child.pid, Signal::KILL).unwrap();
+    child.wait();
+    let usage = cgroup.usage();
+    assert!(usage.user > usage.system, "it only spun: {usage:?}");
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn killing_takes_all_and_an_occupied_one_is_given_back() {
+    let Some(host) = Host::open("kill", &[Control::CgroupKill]) else { return };
+    kill_and_remove(&host.hierarchy);
+    host.close();
+}
+
+fn kill_and_remove(hierarchy: &Hierarchy) {
+    let cgroup = hierarchy.create("run", &CgroupLimits::UNLIMITED, &[]).unwrap();
+    let children = [Child::run(&cgroup, pause_forever), Child::run(&cgroup, spin_forever)];
+    assert!(!cgroup.is_empty().unwrap());
+    let cgroup = cgroup.remove().expect_err("it is occupied");
+    assert!(cgroup.kill());
+    for child in children {
+        assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
+    }
+    until("emptiness", || cgroup.is_empty().unwrap());
+    remove(cgroup);
+}
+
+#[test]
+fn a_child_can_be_cloned_into_it() {
+    let Some(host) = Host::open("clone", &[Control::CgroupKill]) else { return };
+    let cgroup = host.hierarchy.create("run", &CgroupLimits::UNLIMITED, &[]).unwrap();
+    let directory = cgroup.v2_dir_fd().unwrap();
+    // SAFETY: all zeroes is a clone_args that asks for nothing.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = 0x2_0000_0000; // CLONE_INTO_CGROUP
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.cgroup = directory.as_raw_fd() as u64;
+    // SAFETY: the arguments are valid for their size; without CLONE_VM it is a fork.
+    match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) }
+    {
+        0 => pause_forever(),
+        pid => {
+            let pid = Pid::from_raw(i32::try_from(pid).unwrap()).expect("clone3");
+            assert!(!cgroup.is_empty().unwrap());
+            cgroup.attach_rest(pid).unwrap();
+            assert!(cgroup.kill());
+            waitpid(Some(pid), WaitOptions::empty()).unwrap();
+        }
+    }
+    remove(cgroup);
+    host.close();
+}
+
+#[test]
+fn what_a_dead_instance_left_is_swept() {
+    let Some(host) = Host::open("dead", &[Control::CgroupPids]) else { return };
+    let directories = host.directories();
+    let cgroup = host.hierarchy.create("run", &limits(), &CONTROLS).unwrap();
+    let child = Child::run(&cgroup, pause_forever);
+
+    let living = Hierarchy::open("", &unique("living"), &[rustix::process::getpid()]).unwrap();
+    assert!(directories.iter().all(|directory| directory.exists()), "its lock was held");
+    living.close().unwrap();
+    let same = Hierarchy::open("", &unique("dead"), &[rustix::process::getpid()]);
+    assert!(matches!(same, Err(CgroupError::InUse(_))), "{same:?}");
+
+    let Host { hierarchy, _turn } = host;
+    drop(hierarchy); // as a crash does: the locks go, all else stays
+    // Other tests' forks may hold a copy of the lock for a moment.
+    until("the sweep", || {
+        let next = Hierarchy::open("", &unique("next"), &[rustix::process::getpid()]).unwrap();
+        assert!(next.leftovers().is_empty(), "{:?}", next.leftovers());
+        next.close().unwrap();
+        directories.iter().all(|directory| !directory.exists())
+    });
+    assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
+}
+
+#[test]
+fn a_restarted_launcher_takes_its_instance_over() {
+    let Some(host) = Host::open("again", &[Control::CgroupPids]) else { return };
+    let cgroup = host.hierarchy.create("run", &limits(), &CONTROLS).unwrap();
+    let child = Child::run(&cgroup, pause_forever);
+    let Host { hierarchy, _turn } = host;
+    drop(hierarchy);
+    let again = Hierarchy::open("", &unique("again"), &[rustix::process::getpid()]).unwrap();
+    assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
+    let cgroup = again.create("run", &limits(), &CONTROLS).unwrap();
+    remove(cgroup);
+    Host { hierarchy: again, _turn }.close();
+}
+
+#[test]
+fn a_configured_parent_is_made_and_removed() {
+    let parent = format!("/dispatcher-test-{}/inner", std::process::id());
+    let own = [rustix::process::getpid()];
+    if !rustix::process::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "needs root");
+        eprintln!("skipped: only root makes cgroups at the top");
+        return;
+    }
+    let open = || Hierarchy::open(&parent, &unique("parent"), &own);
+    let Some(host) = Host::open_with(&CONTROLS, open) else { return };
+    let tops: Vec<_> = host
+        .directories()
+        .iter()
+        .map(|directory| directory.parent().unwrap().parent().unwrap().to_owned())
+        .collect();
+    assert!(tops.iter().all(|top| top.ends_with(&parent[1..parent.len() - 6])), "{tops:?}");
+    remove(host.hierarchy.create("run", &limits(), &[]).unwrap());
+    // A crash forgets what was made above; the mark on it does not.
+    let Host { hierarchy, _turn } = host;
+    drop(hierarchy);
+    let hierarchy = open().unwrap();
+    Host { hierarchy, _turn }.close();
+    for top in tops {
+        assert!(!top.exists(), "{} is left", top.display());
+    }
+}
+
+#[test]
+fn pure_v1_gets_a_v2_hierarchy_of_its_own() {
+    let read = |path| fs::read_to_string(path).unwrap();
+    let mut layout = Layout::parse(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
+    layout.unified = None;
+    let open = || Hierarchy::open_in(&layout, "", &unique("v1"), &[rustix::process::getpid()]);
+    let Some(host) = Host::open_with(&[Control::CgroupKill], open) else { return };
+    assert!(host.directories()[0].starts_with("/proc/self/fd"), "{:?}", host.directories());
+    kill_and_remove(&host.hierarchy);
+    host.close();
+}
+
+#[test]
+fn a_host_without_cgroups_lacks_all_and_says_why() {
+    let none = Layout { unified: None, ..Layout::default() };
+    let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let hierarchy = Hierarchy::open_in(&none, "", &unique("none"), &[]).unwrap();
+    for control in [Control::CgroupMemory, Control::CgroupPids, Control::CgroupCpu] {
+        // Root may have mounted v2 for itself, with all that a v2-only host offers.
+        let Some(lack) = hierarchy.available().lacking(control) else { continue };
+        assert!(!lack.why.is_empty() && !lack.mend.is_empty(), "{lack:?}");
+        let refused = hierarchy.create("run", &limits(), &[]);
+        assert!(matches!(refused, Err(CgroupError::Lacking { .. })), "{refused:?}");
+    }
+    let cgroup = hierarchy.create("run", &CgroupLimits::UNLIMITED, &CONTROLS).unwrap();
+    remove(cgroup);
+    hierarchy.close().unwrap();
+    drop(turn);
+}
