@@ -91,14 +91,19 @@ fn modes(policy: &Effective, faults: &mut Vec<Fault>) {
 
 /// Keys that somebody wrote and direct mode can't give.
 fn not_in_direct_mode(holds: &Resolved) -> Vec<Entry<'_>> {
-    let mut entries = holds.filesystem.entries();
-    if holds.network.mode.value != Network::Host {
-        entries.extend(holds.network.entries());
-    }
-    entries.extend(holds.seccomp.entries());
-    entries.extend(holds.capabilities.entries());
-    entries.retain(|entry| entry.place.is_written());
+    let mut entries = holds.entries();
+    entries.retain(|entry| entry.place.is_written() && is_ignored_in_direct_mode(entry, holds));
     entries
+}
+
+/// Whether a key means nothing in direct mode.
+#[must_use]
+pub fn is_ignored_in_direct_mode(entry: &Entry<'_>, holds: &Resolved) -> bool {
+    match entry.table {
+        "filesystem" | "seccomp" | "capabilities" => true,
+        "network" => holds.network.mode.value != Network::Host,
+        _ => false,
+    }
 }
 
 /// Where to show that `mode` and another key don't go together: in the policy's

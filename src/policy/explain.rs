@@ -8,16 +8,21 @@ use std::fmt::Write as _;
 
 use super::{
     Policy,
+    check::is_ignored_in_direct_mode,
     choose::{DEFAULT, most_specific},
     compile::Loaded,
     fault::{At, Place},
-    kinds::{Shown, toml_string},
+    kinds::{Kind as _, List, Shown},
     outline,
     resolve::Effective,
     tables::Entry,
+    values::CallGlob,
     written::Resolved,
 };
-use crate::names::{MethodName, Namespace, ServiceName};
+use crate::{
+    jail::plan::Mode,
+    names::{MethodName, Namespace, ServiceName},
+};
 
 /// Where comments begin, where the value leaves room.
 const COMMENT_COLUMN: usize = 44;
@@ -39,7 +44,11 @@ pub fn explain(
     let (mut holds, mut policy) = (&effective.resolved, &family.base);
     if let Some((service, method)) = call {
         let (service, method) = (service.as_str(), method.as_str());
-        text.push_str(&verdict(&effective.resolved, service, method));
+        let (allowed, verdict) = verdict(holds, service, method);
+        text.push_str(&verdict);
+        if !allowed {
+            return Some(text);
+        }
         let rules = effective.overrides.iter().enumerate();
         let rules = rules.map(|(index, special)| (special.glob.value.to_string(), index));
         let rules: Vec<(String, usize)> = rules.collect();
@@ -56,7 +65,7 @@ pub fn explain(
             _ = writeln!(text, "# other rules for [service.\"{}\"] ({})", glob.value, glob.place);
         }
     }
-    _ = writeln!(text, "# {}\n", policy.digest);
+    _ = writeln!(text, "# digest {}\n", policy.digest);
     text.push_str(&values(holds));
     text.push_str(&plan(policy));
     Some(text)
@@ -78,27 +87,18 @@ fn heading(namespace: &Namespace, effective: &Effective) -> String {
 }
 
 /// Whether the method may be called, and which line says so.
-fn verdict(holds: &Resolved, service: &str, method: &str) -> String {
+fn verdict(holds: &Resolved, service: &str, method: &str) -> (bool, String) {
     let allow = &holds.services.allow;
     let by = allow.value.items.iter().find(|glob| glob.value.matches(service, method));
-    match by {
-        Some(glob) => {
-            let At { value, place } = glob;
-            format!(
-                "# {service}/{method}: allowed by services.allow {:?} ({place})\n",
-                value.to_string()
-            )
-        }
-        None => {
-            let globs: Vec<String> =
-                allow.value.items.iter().map(|glob| toml_string(&glob.value.to_string())).collect();
-            format!(
-                "# {service}/{method}: refused (service_not_allowed): services.allow is [{}] ({})\n",
-                globs.join(", "),
-                allow.place
-            )
-        }
-    }
+    let said = match by {
+        Some(At { value, place }) => format!("allowed by services.allow \"{value}\" ({place})"),
+        None => format!(
+            "refused (service_not_allowed), no glob matches: services.allow = {} ({})",
+            List::<CallGlob>::show(&allow.value).inline(),
+            allow.place
+        ),
+    };
+    (by.is_some(), format!("# {service}/{method}: {said}\n"))
 }
 
 /// Every value as in a policy file, its place as a comment.
@@ -110,7 +110,12 @@ fn values(holds: &Resolved) -> String {
             table = entry.table;
             _ = writeln!(text, "\n[{table}]");
         }
-        push_entry(&mut text, &entry);
+        if holds.general.mode.value == Mode::Direct && is_ignored_in_direct_mode(&entry, holds) {
+            let line = format!("# {} = {}", entry.key, entry.shown.inline());
+            _ = writeln!(text, "{line:COMMENT_COLUMN$}  # {}, not in direct mode", entry.place);
+        } else {
+            push_entry(&mut text, &entry);
+        }
     }
     text
 }

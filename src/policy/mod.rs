@@ -181,3 +181,6 @@ pub struct PolicyFamily {
     /// Its overrides: glob and the policy as overridden, variants 1….
     pub overrides: Vec<(String, Policy)>,
 }
+
+#[cfg(test)]
+mod tests;

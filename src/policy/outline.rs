@@ -5,7 +5,10 @@ use std::{fmt::Display, time::Duration};
 use super::{OutputFormat, Policy, Protocol};
 use crate::{
     jail::plan::{Bind, Control, Mode, Network, Root},
-    policy::{kinds::Text as _, values::Capability},
+    policy::{
+        kinds::{PerSecond, Text as _},
+        values::Capability,
+    },
     units::{Limit, Size, Span},
 };
 
@@ -35,11 +38,11 @@ pub fn steps(policy: &Policy) -> Vec<String> {
 fn admission(policy: &Policy) -> String {
     let admission = &policy.admission;
     format!(
-        "admission: {} at once, {} waiting for at most {}, {}",
-        limit(&admission.concurrency, |n| format!("{n} calls")),
-        limit(&admission.queue, ToString::to_string),
+        "admission: calls at once {}, waiting {} (for at most {}), begun per time {}",
+        count(&admission.concurrency),
+        count(&admission.queue),
         span(&admission.queue_timeout),
-        limit(&admission.rate, |rate| format!("{} begun per second", rate.0)),
+        limit(&admission.rate, PerSecond::show),
     )
 }
 

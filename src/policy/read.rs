@@ -13,6 +13,9 @@ use toml::{
 
 use super::fault::{At, Fault, Place, did_you_mean, quoted};
 
+/// Most unknown keys told of one table, one by one.
+const UNKNOWN_KEYS_MAX: usize = 100;
+
 /// Most syntax faults told of one file.
 const SYNTAX_FAULTS_MAX: usize = 20;
 
@@ -152,28 +155,39 @@ impl<'a> Table<'a> {
     }
 
     fn finish(self, faults: &mut Vec<Fault>) {
-        for (key, item) in self.entries() {
-            if self.any_key || self.known.contains(&key.value) {
-                continue;
-            }
-            let within =
-                if self.path.is_empty() { String::new() } else { format!(" in [{}]", self.path) };
-            let homes: Vec<String> = self
-                .elsewhere
-                .iter()
-                .filter(|(name, _)| *name == key.value)
-                .map(|(_, table)| match *table {
-                    "" => "at the top, before the first [table]".to_owned(),
-                    table => format!("in [{table}]"),
-                })
-                .collect();
-            let help = match homes.as_slice() {
-                [] => did_you_mean(key.value, self.known.iter().copied()),
-                homes => format!("it belongs {}", homes.join(" or ")),
-            };
-            let what = if item.value.get_ref().is_table() { "table" } else { "key" };
+        if self.any_key {
+            return;
+        }
+        let mut unknown = self.entries();
+        unknown.retain(|(key, _)| !self.known.contains(&key.value));
+        let within =
+            if self.path.is_empty() { String::new() } else { format!(" in [{}]", self.path) };
+        for (key, item) in unknown.iter().take(UNKNOWN_KEYS_MAX) {
+            let what = if item.is_table() { "table" } else { "key" };
             let message = format!("unknown {what} {}{within}", quoted(key.value));
-            faults.push(Fault::new(&key.place, message, help));
+            faults.push(Fault::new(&key.place, message, self.help_with(key.value)));
+        }
+        if let Some((key, _)) = unknown.get(UNKNOWN_KEYS_MAX) {
+            let number = unknown.len() - UNKNOWN_KEYS_MAX;
+            let message = format!("{number} more unknown keys{within}, from here on");
+            faults.push(Fault::new(&key.place, message, "is this a file of the right kind?"));
+        }
+    }
+
+    /// Where an unknown key belongs, or what it may have been meant as.
+    fn help_with(&self, key: &str) -> String {
+        let homes: Vec<String> = self
+            .elsewhere
+            .iter()
+            .filter(|(name, _)| *name == key)
+            .map(|(_, table)| match *table {
+                "" => "at the top, before the first [table]".to_owned(),
+                table => format!("in [{table}]"),
+            })
+            .collect();
+        match homes.as_slice() {
+            [] => did_you_mean(key, self.known.iter().copied()),
+            homes => format!("it belongs {}", homes.join(" or ")),
         }
     }
 }

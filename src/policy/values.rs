@@ -154,7 +154,7 @@ pub struct AbsolutePath;
 impl Text for AbsolutePath {
     type Value = PathBuf;
     const WHAT: &'static str = "an absolute path";
-    const HELP: &'static str = "write one that begins with / and has no ..";
+    const HELP: &'static str = "write one that begins with \"/\" and has no \"..\" in it";
 
     fn parse(text: &str) -> Result<PathBuf, Wrong> {
         absolute(text, Self::HELP)

@@ -260,6 +260,7 @@ fn read_overrides(table: &mut Table<'_>, faults: &mut Vec<Fault>) -> Vec<Written
             faults.push(Fault::new(&key.place, format!("service {}", wrong.message), wrong.help));
         });
         let contents = item.table(faults, |table, faults| {
+            table.keys_elsewhere(homes());
             (
                 call::Written::read(table, faults),
                 table.section("limits", faults, limits::Written::read).unwrap_or_default(),
