@@ -100,3 +100,6 @@ pub fn schema() -> serde_json::Value {
     schema["title"] = "The dispatcher's own file".into();
     schema
 }
+
+#[cfg(test)]
+mod tests;

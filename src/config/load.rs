@@ -110,10 +110,8 @@ pub fn load(
     let mut faults = Vec::new();
     let mut holds = defaults(surroundings);
     let file = find_file(file, surroundings);
-    if let Some(path) = &file {
-        if let Some(tables) = read_file(path, &mut faults) {
-            holds.overlay(&tables);
-        }
+    if let Some(tables) = file.as_ref().and_then(|path| read_file(path, &mut faults)) {
+        holds.overlay(&tables);
     }
     apply_variables(&mut holds, surroundings, &mut faults);
     apply_flags(&mut holds, overrides, &mut faults);

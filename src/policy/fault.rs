@@ -176,13 +176,9 @@ fn nearest<'a>(given: &str, known: &[&'a str]) -> Option<&'a str> {
 fn distance(from: &str, to: &str) -> usize {
     let from: Vec<char> = from.chars().collect();
     let to: Vec<char> = to.chars().collect();
-    let mut rows = vec![vec![0; to.len() + 1]; from.len() + 1];
-    for (i, row) in rows.iter_mut().enumerate() {
-        row[0] = i;
-    }
-    for j in 0..=to.len() {
-        rows[0][j] = j;
-    }
+    // rows[i][j]: from the first i letters of one to the first j of the other.
+    let row = |i| (0..=to.len()).map(|j| if i == 0 { j } else { i }).collect();
+    let mut rows: Vec<Vec<usize>> = (0..=from.len()).map(row).collect();
     for i in 1..=from.len() {
         for j in 1..=to.len() {
             let replaced = rows[i - 1][j - 1] + usize::from(from[i - 1] != to[j - 1]);

@@ -417,7 +417,7 @@ impl Text for VariableName {
     }
 
     fn pattern() -> Option<&'static str> {
-        Some("^([A-Za-z_][A-Za-z0-9_]*|\\.\\.\\.)$")
+        Some("^[A-Za-z_][A-Za-z0-9_]*$")
     }
 }
 
@@ -574,7 +574,7 @@ impl Text for ArtifactDigest {
     }
 
     fn pattern() -> Option<&'static str> {
-        Some("^(sha256:[0-9A-Fa-f]{64}|\\.\\.\\.)$")
+        Some("^sha256:[0-9A-Fa-f]{64}$")
     }
 }
 
