@@ -4,10 +4,10 @@ use super::filter::sock_filter;
 
 /// What a call's registers hold.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Call {
-    pub(super) nr: u32,
-    pub(super) arch: u32,
-    pub(super) args: [u64; 6],
+pub(crate) struct Call {
+    pub(crate) nr: u32,
+    pub(crate) arch: u32,
+    pub(crate) args: [u64; 6],
 }
 
 /// The SECCOMP_RET_ value that `program` gives for a call.
@@ -15,7 +15,7 @@ pub(super) struct Call {
 /// # Panics
 /// On what the kernel would refuse: unknown instructions, loads that are not
 /// words of seccomp_data, jumps out of the program.
-pub(super) fn run(program: &[sock_filter], call: &Call) -> u32 {
+pub(crate) fn run(program: &[sock_filter], call: &Call) -> u32 {
     let mut data = [0; 64];
     data[0..4].copy_from_slice(&call.nr.to_ne_bytes());
     data[4..8].copy_from_slice(&call.arch.to_ne_bytes());

@@ -30,6 +30,6 @@ mod tree;
 #[cfg(test)]
 mod equivalence_test;
 #[cfg(test)]
-mod interpreter;
+pub(crate) mod interpreter;
 #[cfg(test)]
 mod kernel_test;
