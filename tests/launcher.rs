@@ -20,8 +20,7 @@ use dispatcher::{
             Refusal, StopCause, WaitStatus,
         },
         plan::{
-            Filesystem, HostUser, Limits, Mode, Network, Root, SyscallPolicy, Template, TemplateId,
-            TemplateSet,
+            Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId, TemplateSet,
         },
     },
     names::{Digest, RunId},
@@ -41,7 +40,7 @@ struct Launcher {
 impl Launcher {
     fn start(template: Template) -> Self {
         let (ours, theirs) = sys::seqpacket_pair().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dispatcher"));
+        let mut command = Command::new(dispatcher_binary());
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
         let raw = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe.
@@ -156,6 +155,11 @@ impl Io {
     }
 }
 
+/// Elsewhere in the VM, where nothing is built.
+fn dispatcher_binary() -> String {
+    std::env::var("DISPATCHER_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_dispatcher").into())
+}
+
 fn send<T: serde::Serialize>(socket: &OwnedFd, message: &T, fds: &[&OwnedFd]) {
     let bytes = postcard::to_stdvec(message).unwrap();
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
@@ -175,7 +179,7 @@ fn template() -> Template {
             binds: vec![],
         },
         network: Network::None,
-        syscalls: SyscallPolicy { allowed: BTreeMap::new() },
+        syscalls: dispatcher::jail::seccomp::profile::default_profile(),
         keep_capabilities: vec![],
         user: None,
         environment: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),

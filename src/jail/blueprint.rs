@@ -8,7 +8,7 @@ use std::ffi::CString;
 
 use rustix::{process::Resource, thread::UnshareFlags};
 
-use super::{plan::Mode, seccomp::filter::Instruction, step::Fault};
+use super::{plan::Mode, seccomp::filter::sock_filter, step::Fault};
 
 /// The uid and gid of the program inside its user namespace.
 pub const INSIDE_ID: u32 = 65534;
@@ -69,7 +69,7 @@ pub struct Blueprint {
 #[derive(Debug)]
 pub struct Filter {
     /// The program.
-    pub instructions: std::rc::Rc<[Instruction]>,
+    pub instructions: std::rc::Rc<[sock_filter]>,
     /// Ask for a listener. Off where another tracer holds it: then deadly calls kill.
     pub notify: bool,
 }

@@ -15,7 +15,7 @@ use super::{
     namespaces,
     plan::{Control, Mode, Network, Template},
     root::{self, Ownership, Script},
-    seccomp::filter::{self, FilterOptions, Instruction},
+    seccomp::filter::{self, FilterOptions, sock_filter},
     step::Fault,
 };
 
@@ -25,7 +25,7 @@ pub struct Prepared {
     /// As the monitor sent it.
     pub template: Template,
     open_files: Result<u64, u64>,
-    filter: Rc<[Instruction]>,
+    filter: Rc<[sock_filter]>,
     filter_options: FilterOptions,
 }
 

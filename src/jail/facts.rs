@@ -2,7 +2,14 @@
 
 use std::{fs, io, os::fd::OwnedFd};
 
-use super::{identity, landlock, seccomp};
+use super::{
+    identity, landlock,
+    seccomp::{self, filter::FilterOptions},
+};
+use crate::{
+    jail::plan::{Network, SyscallPolicy},
+    sys,
+};
 
 /// Facts that every launch decision rests on.
 #[derive(Debug)]
@@ -50,7 +57,7 @@ impl Facts {
             landlock_abi: landlock::abi_version(),
             memfd_noexec: open_memfd_noexec(),
             open_files: raise_open_files()?,
-            notify: seccomp::notify::listener_available()?,
+            notify: listener_available()?,
             processors: std::thread::available_parallelism()
                 .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
         })
@@ -65,6 +72,36 @@ fn may_map_ids() -> io::Result<bool> {
         let (_inside, _outside, count) = (numbers.next(), numbers.next(), numbers.next());
         count.is_some_and(|count| count > 65_536)
     }))
+}
+
+/// Tries it: only one listener can watch a process, and the host's container
+/// runtime may hold it already, seccomp_unotify(2).
+fn listener_available() -> io::Result<bool> {
+    let options = FilterOptions {
+        network: Network::None,
+        refuse_exec_memfd: false,
+        exec_fd: -1,
+        control_fd: -1,
+        notify: true,
+    };
+    // Everything but the deadly calls is refused; exit_group stays possible
+    // because it is the one call that the child still makes.
+    let policy = SyscallPolicy {
+        allowed: [(libc::SYS_exit_group as u32, crate::jail::plan::Allowed::Always)].into(),
+        ..SyscallPolicy::default()
+    };
+    let filter = seccomp::filter::compile(&policy, &options)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let pid = sys::fork()?;
+    if pid == 0 {
+        let installed = rustix::thread::set_no_new_privs(true)
+            .map_err(io::Error::from)
+            .and_then(|()| seccomp::notify::install(&filter, true));
+        sys::exit_now(i32::from(installed.is_err()));
+    }
+    let pid = rustix::process::Pid::from_raw(pid);
+    let status = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty())?;
+    Ok(status.is_some_and(|(_, status)| status.exit_status() == Some(0)))
 }
 
 /// Opened for writing once: what counts is the pid namespace of who writes.

@@ -140,10 +140,9 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         context.at(Step::MemfdNoexec, rustix::io::write(sysctl, b"2"))?;
     }
 
-    // 6. The out-of-memory killer shall take the program's processes, never us:
-    //    they inherit 1000, we go back to 0 (in 12). Through the host's /proc: before 7.
-    let oom_score = context.at(Step::Attributes, open_oom_score())?;
-    context.at(Step::Attributes, rustix::io::write(&oom_score, b"1000"))?;
+    // 6. The host's /proc, for the one thing the program will do through it;
+    //    the jail's own will be read-only.
+    let host_proc = context.at(Step::Attributes, open_host_proc())?;
 
     // 7. The root. From here on the host's files are out of reach.
     if let Some(root) = &blueprint.root {
@@ -182,13 +181,11 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     // 11. The program's process: it still has what it takes to become another user.
     let pid = context.at(Step::Fork, sys::fork())?;
     if pid == 0 {
-        program::main(context, landlock);
+        program::main(context, landlock, host_proc.as_fd());
     }
 
     // 12. Init's own descent. Dumpable last: every change of credentials sets
     //     it anew, and a dumpable init could be opened through /proc/1/mem.
-    context.at(Step::Attributes, rustix::io::write(&oom_score, b"0"))?;
-    drop(oom_score);
     let (uid, gid) = blueprint.init_id;
     context.at(Step::Capabilities, identity::limit_capabilities(blueprint.last_capability, 0))?;
     context.at(Step::Identity, identity::become_user(uid, gid, blueprint.clear_groups))?;
@@ -239,14 +236,10 @@ fn expect(context: Context<'_>, expected: u8) -> Result<(), StepError> {
     }
 }
 
-fn open_oom_score() -> io::Result<std::os::fd::OwnedFd> {
+fn open_host_proc() -> io::Result<std::os::fd::OwnedFd> {
     use rustix::fs::{CWD, Mode, OFlags};
-    Ok(rustix::fs::openat(
-        CWD,
-        c"/proc/self/oom_score_adj",
-        OFlags::WRONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, c"/proc", flags, Mode::empty())?)
 }
 
 /// Reaps until the program ends, says how it ended, and exits: the kernel then

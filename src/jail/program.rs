@@ -25,8 +25,9 @@ use crate::sys::{self, Mapping};
 const START_FDS: usize = 5;
 
 /// Never returns: execs, or reports what failed and exits.
-pub(super) fn main(context: Context<'_>, ruleset: Option<RawFd>) -> ! {
-    match become_program(context, ruleset) {
+pub(super) fn main(context: Context<'_>, ruleset: Option<RawFd>, host_proc: BorrowedFd<'_>) -> ! {
+    let ready = context.at(Step::Attributes, prefer_for_oom(host_proc));
+    match ready.and_then(|()| become_program(context, ruleset)) {
         Ok(never) => match never {},
         Err(error) => context.fail(error),
     }
@@ -109,6 +110,16 @@ fn become_program(
     // SAFETY: `Vectors::over` made both arrays, ended by null.
     let error = unsafe { sys::execveat(executable, vectors.argv(), vectors.envp()) };
     context.at(Step::Exec, Err(error))
+}
+
+/// When memory runs out, the kernel shall take the program and what it starts,
+/// never init, which must tell of it. Raising the score takes no capability.
+fn prefer_for_oom(host_proc: BorrowedFd<'_>) -> io::Result<()> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let score = rustix::fs::openat(host_proc, c"self/oom_score_adj", flags, Mode::empty())?;
+    rustix::io::write(&score, b"1000")?;
+    Ok(())
 }
 
 fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS]), StepError> {

@@ -26,7 +26,7 @@ use super::{
     plan::Control,
     seccomp::{
         filter::{self, Decision},
-        notify,
+        notify::{Listener, Received},
     },
     step::{REPORT_LEN, Report, Start, Step, StepError, word},
 };
@@ -80,7 +80,7 @@ pub struct Run {
     pub control: OwnedFd,
     /// The seccomp listener. Held until the run is empty: were it closed, a
     /// pending call would be answered ENOSYS and the program would go on.
-    pub listener: Option<OwnedFd>,
+    pub listener: Option<Listener>,
     prepared: Rc<Prepared>,
     launch: Launch,
     call_len: u32,
@@ -221,15 +221,25 @@ impl Run {
         match report {
             Report::NeedsMaps => self.write_maps(),
             Report::Ready => return self.start(now),
-            Report::Filtered => {
-                self.listener = fd;
-                return Change::Listener;
-            }
+            Report::Filtered => return self.filtered(fd, now),
             Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
             Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
             Report::Failed(error) => self.fail(error, now),
         }
         Change::None
+    }
+
+    fn filtered(&mut self, fd: Option<OwnedFd>, now: Instant) -> Change {
+        match fd.map(Listener::new).transpose() {
+            Ok(listener) => {
+                self.listener = listener;
+                Change::Listener
+            }
+            Err(error) => {
+                self.fail(step_error(Step::Listener, &error), now);
+                Change::None
+            }
+        }
     }
 
     fn write_maps(&mut self) {
@@ -243,8 +253,11 @@ impl Run {
     fn start(&mut self, now: Instant) -> Change {
         let Some(fds) = self.fds.take() else { return Change::None };
         self.namespaces.clear();
-        if let Some(cgroup) = &mut self.cgroup {
-            cgroup.start_measuring();
+        if let Some(cgroup) = &mut self.cgroup
+            && let Err(error) = cgroup.start_measuring()
+        {
+            self.fail(step_error(Step::Start, &error), now);
+            return Change::None;
         }
         let start =
             Start { argc: self.launch.argc, envc: self.launch.envc, call_len: self.call_len };
@@ -298,7 +311,8 @@ impl Run {
     /// namespace ends with init, and cgroup.kill doesn't wait for it.
     pub fn kill(&self) {
         if let Some(cgroup) = &self.cgroup {
-            cgroup.kill();
+            // False where the kernel has no cgroup.kill: then init alone must do.
+            let _by_cgroup = cgroup.kill();
         }
         // ESRCH: it is dead already, which is what we want.
         rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
@@ -376,24 +390,29 @@ impl Run {
     pub fn on_listener(&mut self, now: Instant) {
         for _ in 0..NOTICES_BATCH {
             let Some(listener) = &self.listener else { return };
-            let Some(notice) = notify::receive(listener.as_fd()) else { return };
+            let Ok(Received::Call(call)) = listener.receive() else { return };
             let decision = filter::decide(
+                call.nr,
+                call.arch,
+                &call.args,
                 &self.prepared.template.syscalls,
                 self.prepared.filter_options(),
-                &notice.call,
             );
-            match decision {
+            let (errno, name) = match decision {
                 Decision::Deadly(name) => {
                     self.denied.get_or_insert(name);
                     self.stop(StopCause::Syscall, now);
                     return;
                 }
-                Decision::Refuse { errno, name } => {
-                    notify::refuse(listener.as_fd(), notice.id, errno);
-                    self.note_refused(name);
-                }
-                Decision::Allow => notify::refuse(listener.as_fd(), notice.id, libc::EPERM),
+                Decision::Refuse(errno, name) => (errno, Some(name)),
+                // The filter asked about a call that its own rules allow: it can't be.
+                Decision::Continue => (libc::EPERM, None),
+            };
+            if listener.refuse(call.id, errno).is_err() {
+                // Unanswered it would hang until the timeout, which is no worse.
+                return;
             }
+            name.into_iter().for_each(|name| self.note_refused(name));
             self.notices += 1;
         }
         if self.notices >= NOTICES_FREE {

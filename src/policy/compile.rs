@@ -313,7 +313,7 @@ impl Profiles<'_> {
             self.known.insert(profile.value.clone(), read);
         }
         let base = self.known.get(&profile.value).cloned().flatten();
-        let mut policy = base.unwrap_or(SyscallPolicy { allowed: BTreeMap::new() });
+        let mut policy = base.unwrap_or_default();
         let number = |name: &String| syscalls::number(name);
         for call in holds.seccomp.allow.value.values().iter().filter_map(number) {
             policy.allowed.insert(call, Allowed::Always);

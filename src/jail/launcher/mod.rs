@@ -58,7 +58,7 @@ const QUARANTINE_RETRY: Duration = Duration::from_secs(1);
 #[must_use]
 pub fn main() -> ExitCode {
     match start() {
-        Ok(mut launcher) => launcher.serve(),
+        Ok(launcher) => launcher.serve(),
         Err(error) => {
             log(&format!("cannot start: {error}"));
             ExitCode::FAILURE
@@ -168,7 +168,7 @@ struct Launcher {
 impl Launcher {
     fn new(monitor: OwnedFd, config: &LauncherConfig) -> Result<Self, String> {
         let facts = Facts::find_out().map_err(|error| format!("this host: {error}"))?;
-        let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance)
+        let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance, &our_processes())
             .map_err(|error| format!("cgroups: {error}"))?;
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
@@ -197,7 +197,7 @@ impl Launcher {
         Ok(launcher)
     }
 
-    fn serve(&mut self) -> ExitCode {
+    fn serve(mut self) -> ExitCode {
         let mut events = Vec::with_capacity(64);
         loop {
             if let Err(error) = self.wait(&mut events) {
@@ -275,6 +275,24 @@ impl Launcher {
             Source::Init(serial) => self.on_init_gone(serial),
         }
     }
+}
+
+/// Ourselves, the monitor and its other children: who may be moved within the
+/// cgroup that we are all in, where cgroup v2 wants it empty.
+fn our_processes() -> Vec<rustix::process::Pid> {
+    let mut ours = vec![rustix::process::getpid()];
+    let Some(monitor) = rustix::process::getppid() else { return ours };
+    ours.push(monitor);
+    let number = monitor.as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{number}/task/{number}/children"));
+    let children = children.unwrap_or_default();
+    ours.extend(
+        children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .filter_map(rustix::process::Pid::from_raw),
+    );
+    ours
 }
 
 fn reap(pidfd: &OwnedFd) {

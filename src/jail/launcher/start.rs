@@ -10,14 +10,14 @@ use std::{
 use super::{Launcher, log, reap};
 use crate::{
     jail::{
-        cgroup::{Cgroup, CgroupLimits},
+        cgroup::{Cgroup, CgroupError, CgroupLimits},
         check,
         decide::{Decided, Prepared},
         identity::HostIds,
         init,
         message::{Launch, LaunchFds, Refusal},
         namespaces::{self, Cloned},
-        plan::Control,
+        plan::{Control, Template},
         run::{self, Parts, Run},
         step::{Step, StepError},
     },
@@ -83,16 +83,19 @@ impl Launcher {
             cpus: checked.cpus,
             pids: template.limits.pids,
         };
-        let mut cgroup_controls = self.cgroup_controls(prepared, checked)?;
         let decided = prepared.decide(&launch, &fds, ids, &self.facts, self.fault)?;
         self.inject(Step::Cgroup)?;
-        let cgroup =
-            self.hierarchy.create(&format!("run-{}", launch.run), &limits).map_err(|error| {
-                Refusal::ControlUnavailable {
-                    control: Control::CgroupMemory,
-                    why: error.to_string(),
-                }
-            })?;
+        let cgroup = self
+            .hierarchy
+            .create(&format!("run-{}", launch.run), &limits, &template.best_effort)
+            .map_err(cgroup_refusal)?;
+        let mut cgroup_controls = match cgroup_controls(&cgroup, template, checked) {
+            Ok(controls) => controls,
+            Err(control) => {
+                self.discard(cgroup);
+                return Err(self.lacking(control));
+            }
+        };
         let cloned = self.clone_init(&decided, &cgroup);
         let (pid, pidfd, control) = match cloned {
             Ok(parts) => parts,
@@ -127,38 +130,13 @@ impl Launcher {
         }))
     }
 
-    /// The limits that cgroups and timers will hold, or the first that they can't.
-    pub(super) fn cgroup_controls(
-        &self,
-        prepared: &Prepared,
-        checked: &check::Checked,
-    ) -> Result<Vec<Control>, Refusal> {
-        let limits = &prepared.template.limits;
-        let wanted = [
-            (Control::CgroupMemory, checked.memory.finite().is_some()),
-            (
-                Control::CgroupSwap,
-                checked.memory.finite().is_some() && limits.swap.finite().is_some(),
-            ),
-            (Control::CgroupPids, limits.pids.finite().is_some()),
-            (Control::CgroupCpu, checked.cpus.finite().is_some()),
-            (Control::CgroupKill, true),
-            (Control::CpuTime, limits.cpu_time.finite().is_some()),
-        ];
-        let mut in_force = Vec::new();
-        for (control, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
-            match self.hierarchy.lacks(control) {
-                None => in_force.push(control),
-                Some(_) if prepared.template.best_effort.contains(&control) => {}
-                Some(why) => {
-                    return Err(Refusal::ControlUnavailable { control, why: why.to_owned() });
-                }
-            }
-        }
-        if checked.timeout.is_some() {
-            in_force.push(Control::Timeout);
-        }
-        Ok(in_force)
+    /// The refusal for a control that this host's cgroups can't give.
+    fn lacking(&self, control: Control) -> Refusal {
+        let why = self.hierarchy.available().lacking(control).map_or_else(
+            || "the run's cgroup doesn't have it".to_owned(),
+            |lack| format!("{}; {}", lack.why, lack.mend),
+        );
+        Refusal::ControlUnavailable { control, why }
     }
 
     pub(super) fn inject(&self, step: Step) -> Result<(), Refusal> {
@@ -190,14 +168,14 @@ impl Launcher {
         keep.sort_unstable();
         let namespaces = decided.blueprint.outer_namespaces;
         // SAFETY: this process has one thread; init makes only system calls.
-        let cloned = unsafe { namespaces::clone(namespaces, cgroup.clone_into()) };
+        let cloned = unsafe { namespaces::clone(namespaces, cgroup.v2_dir_fd()) };
         match cloned.map_err(failed(Step::Clone))? {
             Cloned::Child => init::main(&decided.blueprint, theirs.as_raw_fd(), &keep),
             Cloned::Parent(pid, pidfd) => {
                 let attached = if self.fault.hits(Step::Attach) {
                     Err(io::Error::from_raw_os_error(libc::EIO))
                 } else {
-                    cgroup.attach(pid)
+                    attach(cgroup, pid)
                 };
                 if let Err(error) = attached {
                     kill_and_reap(&pidfd);
@@ -213,6 +191,57 @@ impl Launcher {
             log("a cgroup that never held a run can't be removed");
         }
     }
+}
+
+/// What of the limits the cgroup holds and the launcher's clocks watch, or the
+/// first control that is demanded and not there.
+fn cgroup_controls(
+    cgroup: &Cgroup,
+    template: &Template,
+    checked: &check::Checked,
+) -> Result<Vec<Control>, Control> {
+    let timed = template.limits.cpu_time.finite().is_some();
+    for (control, wanted) in [(Control::CgroupKill, true), (Control::CpuTime, timed)] {
+        let there = cgroup.enforced().contains(&control);
+        if wanted && !there && !template.best_effort.contains(&control) {
+            return Err(control);
+        }
+    }
+    let mut controls = cgroup.enforced().to_vec();
+    controls.retain(|control| *control != Control::CpuTime || timed);
+    if checked.timeout.is_some() {
+        controls.push(Control::Timeout);
+    }
+    Ok(controls)
+}
+
+fn cgroup_refusal(error: CgroupError) -> Refusal {
+    match error {
+        CgroupError::Lacking { control, why, mend } => {
+            Refusal::ControlUnavailable { control, why: format!("{why}; {mend}") }
+        }
+        CgroupError::Io { what, path, source } => Refusal::Step {
+            step: format!("{} ({what} {})", Step::Cgroup, path.display()),
+            index: 0,
+            errno: source.raw_os_error().unwrap_or(libc::EIO),
+        },
+        other => Refusal::Invalid { what: other.to_string() },
+    }
+}
+
+/// Into the hierarchies that clone3 could not put it into.
+fn attach(cgroup: &Cgroup, pid: i32) -> io::Result<()> {
+    let Some(pid) = rustix::process::Pid::from_raw(pid) else {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    };
+    let attached = match cgroup.v2_dir_fd() {
+        Some(_) => cgroup.attach_rest(pid),
+        None => cgroup.attach(pid),
+    };
+    attached.map_err(|error| match error {
+        CgroupError::Attach { source, .. } => source,
+        other => io::Error::other(other.to_string()),
+    })
 }
 
 fn launch_fds(fds: Vec<OwnedFd>) -> Option<LaunchFds> {
