@@ -1,3 +1,5 @@
-//! Arguments → command → exit code.
+//! Arguments → command → exit code. Everything else is in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    dispatcher::cli::main()
+}

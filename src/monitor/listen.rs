@@ -75,8 +75,7 @@ impl Drop for Listener {
 }
 
 fn bind_tcp(host: &str, port: u16) -> Result<Listener, ListenError> {
-    let failed =
-        |error| ListenError::Tcp { address: format!("{host}:{port}"), error };
+    let failed = |error| ListenError::Tcp { address: format!("{host}:{port}"), error };
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for candidate in (host, port).to_socket_addrs().map_err(failed)? {
         match TcpListener::bind(candidate) {
@@ -130,7 +129,9 @@ fn remove_stale(path: &Path) -> Result<(), String> {
         Err(error) => return Err(error.to_string()),
     };
     if !metadata.file_type().is_socket() {
-        return Err("there is something else than a socket; remove it or choose another path".into());
+        return Err(
+            "there is something else than a socket; remove it or choose another path".into()
+        );
     }
     match UnixStream::connect(path) {
         Ok(_) => Err("another process is listening there".into()),

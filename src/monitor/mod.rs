@@ -209,11 +209,10 @@ impl Monitor {
 
     fn start_launcher(&mut self, now: Instant) -> bool {
         let config = self.launcher_config();
-        let started = start_launcher(&self.executable, config)
-            .and_then(|child| {
-                child.send(&ToLauncher::Policies, &[self.compiled.templates.as_fd()])?;
-                Ok(child)
-            });
+        let started = start_launcher(&self.executable, config).and_then(|child| {
+            child.send(&ToLauncher::Policies, &[self.compiled.templates.as_fd()])?;
+            Ok(child)
+        });
         install(&mut self.launcher, "dispatch-launch", started, now)
     }
 
@@ -286,9 +285,8 @@ impl Monitor {
         });
         // An interruption looks as if nothing was ready, which is right.
         rustix::event::poll(&mut fds, timeout.as_ref()).ok();
-        let readable = |index: usize| {
-            fds.get(index).is_some_and(|fd| fd.revents().intersects(PollFlags::IN))
-        };
+        let readable =
+            |index: usize| fds.get(index).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
         Ready {
             signals: readable(0),
             watch: self.watch.is_some() && readable(watch_at),
@@ -371,9 +369,11 @@ impl Monitor {
         let told_launcher = self.launcher.child.as_ref().map(|launcher| {
             launcher.send(&ToLauncher::Policies, &[self.compiled.templates.as_fd()])
         });
-        let told_server = self.server.child.as_ref().map(|server| {
-            server.send(&ToServer::Policies, &[self.compiled.policies.as_fd()])
-        });
+        let told_server = self
+            .server
+            .child
+            .as_ref()
+            .map(|server| server.send(&ToServer::Policies, &[self.compiled.policies.as_fd()]));
         for error in [told_launcher, told_server].into_iter().flatten().filter_map(Result::err) {
             // It died: its successor gets them at its start.
             tracing::warn!("a process could not be told of the new policies: {error}");
@@ -427,12 +427,7 @@ fn kill(slot: &Slot) {
     }
 }
 
-fn install(
-    slot: &mut Slot,
-    name: &'static str,
-    started: io::Result<Child>,
-    now: Instant,
-) -> bool {
+fn install(slot: &mut Slot, name: &'static str, started: io::Result<Child>, now: Instant) -> bool {
     match started {
         Ok(child) => {
             slot.child = Some(child);
@@ -482,10 +477,7 @@ impl PrivateLauncher {
     ///
     /// # Errors
     /// Those of starting it and of handing it its templates.
-    pub fn start(
-        config: LauncherConfig,
-        templates: BorrowedFd<'_>,
-    ) -> io::Result<(Self, OwnedFd)> {
+    pub fn start(config: LauncherConfig, templates: BorrowedFd<'_>) -> io::Result<(Self, OwnedFd)> {
         let executable = Executable::own()?;
         let child = start_launcher(&executable, config)?;
         child.send(&ToLauncher::Policies, &[templates])?;

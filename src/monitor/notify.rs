@@ -1,6 +1,9 @@
 //! sd_notify(3): one datagram to the service manager, where there is one.
 
-use std::os::{linux::net::SocketAddrExt, unix::net::{SocketAddr, UnixDatagram}};
+use std::os::{
+    linux::net::SocketAddrExt,
+    unix::net::{SocketAddr, UnixDatagram},
+};
 
 /// Tells systemd, for one "READY=1". Without `NOTIFY_SOCKET` nothing happens.
 pub(super) fn tell(state: &str) {
@@ -10,9 +13,8 @@ pub(super) fn tell(state: &str) {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&path),
     };
-    let sent = address.and_then(|address| {
-        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)
-    });
+    let sent = address
+        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
     if let Err(error) = sent {
         tracing::warn!("systemd can't be notified: {error}");
     }

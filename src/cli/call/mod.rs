@@ -1,0 +1,317 @@
+//! `dispatcher call`: one Serve call to a running service.
+//!
+//! The binary is named by its digest first; its bytes are sent only when the
+//! service says that it doesn't hold them.
+
+mod connect;
+
+use std::{
+    io::{self, IsTerminal as _, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use prost::Message as _;
+use prost_types::Any;
+use tonic::Code;
+
+use super::{
+    exit::{self, UNREACHABLE, USAGE},
+    json,
+    limits::LimitArgs,
+};
+use crate::{
+    names::Digest,
+    wire::{
+        self, ServeRequest, ServeResponse, ServiceTypeRef, serve_request::ServiceDef,
+        status::Code as StatusCode,
+    },
+};
+
+/// Uploads from this size on are shown on a terminal.
+const PROGRESS_FROM: usize = 8 << 20;
+/// What a call may take on top of its timeout: queueing, upload, report.
+const DEADLINE_SLACK: Duration = Duration::from_secs(60);
+
+/// Arguments of `dispatcher call`.
+#[derive(Debug, Args)]
+pub struct CallArgs {
+    /// HOST:PORT or unix:PATH
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "DISPATCHER_ADDRESS",
+        default_value = "127.0.0.1:50051"
+    )]
+    address: String,
+    /// Whose policy applies
+    #[arg(long, value_name = "NS")]
+    namespace: String,
+    /// The executable; sent only if the service doesn't hold it
+    #[arg(long, value_name = "FILE", conflicts_with = "uri")]
+    binary: Option<PathBuf>,
+    /// Where the service finds the executable: sha256:HEX
+    #[arg(long)]
+    uri: Option<String>,
+    /// The input's bytes, verbatim; - for standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "input_json")]
+    input: Option<PathBuf>,
+    /// The type URL of the input
+    #[arg(long, value_name = "URL", default_value = "")]
+    input_type: String,
+    /// The input as JSON, of a well-known type named by --input-type
+    #[arg(long, value_name = "JSON", requires = "input_type")]
+    input_json: Option<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Print the whole response as JSON
+    #[arg(long)]
+    json: bool,
+    /// Print the request as JSON for `grpcurl -d @`, and send nothing
+    #[arg(long)]
+    print_request: bool,
+    /// What to call
+    #[arg(value_name = "SERVICE/METHOD")]
+    target: String,
+    /// Arguments for the program
+    #[arg(value_name = "ARG", trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// Why there is no reply.
+enum CallError {
+    Usage(String),
+    Unreachable(String),
+    Refused(tonic::Status),
+}
+
+/// Runs the command.
+#[must_use]
+pub fn run(args: CallArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::fail(exit::REFUSED, format_args!("no runtime: {error}")),
+    };
+    match runtime.block_on(call(&args)) {
+        Ok(Some(response)) => show(&args, &response),
+        Ok(None) => ExitCode::SUCCESS,
+        Err(CallError::Usage(what)) => exit::fail(USAGE, what),
+        Err(CallError::Unreachable(what)) => exit::fail(UNREACHABLE, what),
+        Err(CallError::Refused(status)) => exit::fail(
+            exit::REFUSED,
+            format_args!("REFUSED {:?}: {}", status.code(), status.message()),
+        ),
+    }
+}
+
+async fn call(args: &CallArgs) -> Result<Option<ServeResponse>, CallError> {
+    let binary = args.binary.as_deref().map(read_binary).transpose()?;
+    let mut request = request(args)?;
+    if args.print_request {
+        request.service_def = binary.map(ServiceDef::ServiceBinary).or(request.service_def);
+        println!("{:#}", json::request(&request));
+        return Ok(None);
+    }
+    let mut client = connect::connect(&args.address).await.map_err(CallError::Unreachable)?;
+    let Some(binary) = binary else {
+        return send(args, &mut client, request).await.map(Some);
+    };
+    let digest = Digest::of(&binary).to_string();
+    request.service_def = Some(ServiceDef::ServiceUri(digest.clone()));
+    let response = send(args, &mut client, request.clone()).await?;
+    if !wants_bytes(&response) {
+        return Ok(Some(response));
+    }
+    request.options.get_or_insert_default().artifact_digest = digest;
+    let bar = upload_bar(binary.len());
+    request.service_def = Some(ServiceDef::ServiceBinary(binary));
+    client.watch(bar.clone());
+    let response = send(args, &mut client, request).await;
+    bar.finish_and_clear();
+    response.map(Some)
+}
+
+fn wants_bytes(response: &ServeResponse) -> bool {
+    response.status.as_ref().is_some_and(|status| {
+        status.code() == StatusCode::NotFound
+            && status.details.get("reason").is_some_and(|reason| reason == "artifact_missing")
+    })
+}
+
+async fn send(
+    args: &CallArgs,
+    client: &mut connect::Client,
+    request: ServeRequest,
+) -> Result<ServeResponse, CallError> {
+    let mut request = tonic::Request::new(request);
+    if let Some(timeout) = args.limits.timeout() {
+        request.set_timeout(timeout.saturating_add(DEADLINE_SLACK));
+    }
+    match client.serve(request).await {
+        Ok(response) => Ok(response.into_inner()),
+        Err(status) if status.code() == Code::Unavailable => {
+            Err(CallError::Unreachable(format!("{}: {}", args.address, status.message())))
+        }
+        Err(status) => Err(CallError::Refused(status)),
+    }
+}
+
+fn request(args: &CallArgs) -> Result<ServeRequest, CallError> {
+    let (service, method) = args.target.split_once('/').ok_or_else(|| {
+        CallError::Usage(format!("{:?} is not SERVICE/METHOD, such as greeter/Hello", args.target))
+    })?;
+    Ok(ServeRequest {
+        namespace: args.namespace.clone(),
+        service: Some(ServiceTypeRef {
+            namespace: args.namespace.clone(),
+            service_name: service.to_owned(),
+        }),
+        method_name: method.to_owned(),
+        input: input(args)?,
+        service_def: args.uri.clone().map(ServiceDef::ServiceUri),
+        options: Some(args.limits.options(args.args.clone())),
+        ..Default::default()
+    })
+}
+
+fn input(args: &CallArgs) -> Result<Option<Any>, CallError> {
+    let value = match (&args.input, &args.input_json) {
+        (Some(path), _) => Some(read_input(path).map_err(CallError::Usage)?),
+        (None, Some(text)) => Some(
+            json::encode(&args.input_type, text)
+                .map_err(|error| CallError::Usage(error.to_string()))?,
+        ),
+        (None, None) if args.input_type.is_empty() => None,
+        (None, None) => Some(Vec::new()),
+    };
+    Ok(value.map(|value| Any { type_url: args.input_type.clone(), value }))
+}
+
+/// Reads `--input`: a file, or standard input for `-`.
+///
+/// # Errors
+/// What could not be read, and why.
+pub fn read_input(path: &Path) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let read = if path == Path::new("-") {
+        io::stdin().lock().read_to_end(&mut bytes).map(drop)
+    } else {
+        std::fs::read(path).map(|content| bytes = content)
+    };
+    read.map(|()| bytes).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn read_binary(path: &Path) -> Result<Bytes, CallError> {
+    std::fs::read(path)
+        .map(Bytes::from)
+        .map_err(|error| CallError::Usage(format!("{}: {error}", path.display())))
+}
+
+/// Hidden for small uploads, and where nobody is looking.
+fn upload_bar(size: usize) -> ProgressBar {
+    if size < PROGRESS_FROM || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("uploading {bar:30} {bytes}/{total_bytes} {eta}");
+    ProgressBar::new(size as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn show(args: &CallArgs, response: &ServeResponse) -> ExitCode {
+    let report = response.report.clone().unwrap_or_default();
+    let status = response.status.clone().unwrap_or_default();
+    // A reader that went away (`| head`) is no failure of the call's.
+    if args.json {
+        writeln!(io::stdout(), "{:#}", json::response(response)).ok();
+    } else {
+        io::stdout().write_all(&output_bytes(response.output.as_ref())).ok();
+        io::stderr().write_all(&report.stderr).ok();
+    }
+    io::stdout().flush().ok();
+    let code = exit::code(&report);
+    if code != 0 {
+        eprintln!("{}", exit::line(&report, &status));
+    }
+    ExitCode::from(code)
+}
+
+/// What the program wrote, taken out of the wrapping that the output format gave it.
+fn output_bytes(output: Option<&Any>) -> Vec<u8> {
+    let Some(any) = output else { return Vec::new() };
+    let name = any.type_url.rsplit('/').next().unwrap_or_default();
+    let unwrapped = match name {
+        "collector.Status" => wire::Status::decode(any.value.as_slice())
+            .ok()
+            .map(|status| status.message.into_bytes()),
+        // Its wire form: field 1, bytes; the same as StringValue's.
+        "google.protobuf.BytesValue" => Vec::<u8>::decode(any.value.as_slice()).ok(),
+        _ => None,
+    };
+    unwrapped.unwrap_or_else(|| any.value.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        call: CallArgs,
+    }
+
+    fn parsed(words: &[&str]) -> CallArgs {
+        Cli::parse_from([&["call", "--namespace", "demo"], words].concat()).call
+    }
+
+    #[test]
+    fn flags_become_a_request() {
+        let args = parsed(&[
+            "--timeout",
+            "5s",
+            "--memory",
+            "64MiB",
+            "--env",
+            "A=b",
+            "--input-type",
+            "x/y.Z",
+            "greeter/Hello",
+            "--loud",
+            "world",
+        ]);
+        let request = request(&args).ok().unwrap();
+        assert_eq!(request.method_name, "Hello");
+        assert_eq!(request.service.unwrap().service_name, "greeter");
+        let options = request.options.unwrap();
+        assert_eq!(options.args, ["--loud", "world"]);
+        assert_eq!(options.timeout.unwrap().seconds, 5);
+        assert_eq!(options.memory_bytes, 64 << 20);
+        assert_eq!(options.env["A"], "b");
+        assert_eq!(request.input.unwrap().type_url, "x/y.Z");
+    }
+
+    #[test]
+    fn a_target_without_a_method_is_a_usage_error() {
+        assert!(matches!(request(&parsed(&["greeter"])), Err(CallError::Usage(_))));
+    }
+
+    #[test]
+    fn output_is_unwrapped() {
+        let any = |name: &str, value: Vec<u8>| Any {
+            type_url: format!("type.googleapis.com/{name}"),
+            value,
+        };
+        let status = wire::Status { message: "hi".into(), ..Default::default() };
+        let wrapped = any("collector.Status", status.encode_to_vec());
+        assert_eq!(output_bytes(Some(&wrapped)), b"hi");
+        let wrapped = any("google.protobuf.BytesValue", vec![0xff, 0].encode_to_vec());
+        assert_eq!(output_bytes(Some(&wrapped)), [0xff, 0]);
+        assert_eq!(output_bytes(Some(&any("acme.Thing", vec![1]))), [1]);
+        assert_eq!(output_bytes(None), b"");
+    }
+}
