@@ -1,5 +1,15 @@
 //! Executing one admitted call: the invocation in, the outcome out.
 
+mod capture;
+#[cfg(test)]
+pub(crate) mod fake;
+pub mod launcher;
+mod outcome;
+mod run;
+pub mod stop;
+#[cfg(test)]
+mod tests;
+
 use std::{
     os::fd::OwnedFd,
     time::{Duration, SystemTime},
@@ -9,7 +19,7 @@ use bytes::Bytes;
 
 use crate::{
     jail::{
-        message::Refusal,
+        message::{Refusal, StopCause},
         plan::{Control, Mode, TemplateId},
     },
     names::{Digest, RunId},
@@ -41,6 +51,9 @@ pub struct Invocation {
     pub input: Bytes,
     /// Wall clock of the run.
     pub timeout: Limit<Duration>,
+    /// When the run must be over whatever its timeout: the RPC's own deadline,
+    /// less what it takes to report.
+    pub deadline: Option<tokio::time::Instant>,
     /// Tighter than the policy's memory limit, if asked for.
     pub memory: Option<u64>,
     /// Tighter than the policy's cpus limit, if asked for.
@@ -105,9 +118,25 @@ pub struct Outcome {
     pub denied_syscall: String,
     /// Calls answered with an error.
     pub refused_syscalls: Vec<String>,
-    /// For `Failed`: `host_memory` or `internal`, and a sentence.
+    /// For `Failed`: `host_memory`, `launcher_lost` or `internal`, and a sentence.
     pub failure: Option<(&'static str, String)>,
+    /// Something of it is left, which the launcher could not remove: what it
+    /// was granted must stay counted.
+    pub quarantined: bool,
 }
+
+/// A piece of a running program's output, as it comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Chunk {
+    /// Written to descriptor 1; nothing past the limit.
+    Stdout(Bytes),
+    /// Written to descriptor 2; all of it.
+    Stderr(Bytes),
+}
+
+/// Where output goes while the program runs, besides into the [`Outcome`]. A
+/// full channel holds the program up, as a full pipe does; a closed one doesn't.
+pub type OutputSink = tokio::sync::mpsc::Sender<Chunk>;
 
 /// Why there is no [`Outcome`].
 #[derive(Clone, Debug, thiserror::Error)]
@@ -115,9 +144,15 @@ pub enum ExecuteError {
     /// The launcher did not start it.
     #[error("not started: {0:?}")]
     Refused(Refusal),
-    /// The launcher died under the run, or isn't there.
+    /// The launcher isn't there, or died before it told of a start.
     #[error("the launcher was lost")]
     LauncherLost,
+    /// The launcher does not answer; the run may still exist.
+    #[error("the launcher did not {0} in time")]
+    Stuck(&'static str),
+    /// There was cause to end it before it had started.
+    #[error("stopped before the start: {0:?}")]
+    Stopped(StopCause),
     /// Something in this process failed.
     #[error("{what}: {error}")]
     Internal {

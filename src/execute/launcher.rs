@@ -1,0 +1,265 @@
+//! The server's side of its conversation with the launcher.
+//!
+//! One connection at a time; one task receives on it and hands each message to
+//! the run it is about. When the launcher dies its runs fail, and the next
+//! connection, from the launcher that the monitor starts instead, takes over.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, watch},
+};
+use tracing::{debug, error, info, warn};
+
+use super::{ExecuteError, Invocation, Outcome, OutputSink, run, stop::StopSignal};
+use crate::{
+    jail::message::{FromLauncher, FromServer, MESSAGE_MAX, StopCause},
+    names::{Digest, RunId},
+    sys,
+};
+
+/// How long a call waits for a launcher that is being started again.
+pub const RESTART_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a call waits for the launcher to take up policies that the server has already.
+const POLICY_WAIT: Duration = Duration::from_secs(1);
+
+/// Messages about one run that may be waiting: refused, or started and ended.
+const RUN_MESSAGES: usize = 4;
+
+/// A handle on whichever launcher is there; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Launcher {
+    state: Arc<watch::Sender<State>>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct State {
+    /// Set once its launcher said that it is ready.
+    connection: Option<Arc<Connection>>,
+    /// The newest policies that launcher holds.
+    policy_set: Option<Digest>,
+}
+
+impl Launcher {
+    /// A handle with no launcher behind it yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes up a fresh socketpair with a launcher. It is used from the moment
+    /// the launcher says it is ready, in place of any earlier one.
+    ///
+    /// # Errors
+    /// Those of fcntl(2) and of registering the socket with the runtime.
+    pub fn attach(&self, socket: OwnedFd) -> io::Result<()> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        // SAFETY: an OwnedFd stays open and the same until the AsyncFd drops it.
+        let socket = unsafe {
+            AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE)?
+        };
+        let connection = Arc::new(Connection {
+            socket,
+            runs: Mutex::new(Some(HashMap::new())),
+        });
+        let launcher = self.clone();
+        tokio::spawn(async move {
+            let ended = launcher.receive(&connection).await;
+            match ended {
+                Ok(()) => info!("the launcher closed its connection"),
+                Err(error) => error!(%error, "the connection with the launcher failed"),
+            }
+            launcher.forget(&connection);
+            // Drops the senders: each waiting run learns that it is lost.
+            connection.close();
+        });
+        Ok(())
+    }
+
+    /// Returns once a launcher is connected and ready. Cancel-safe.
+    pub async fn ready(&self) {
+        let mut state = self.state.subscribe();
+        // The sender lives in `self`.
+        let _ = state.wait_for(|state| state.connection.is_some()).await;
+    }
+
+    /// Waits a moment until the launcher's newest policies are the set `digest`;
+    /// returns either way.
+    pub async fn await_policies(&self, digest: Digest) {
+        let mut state = self.state.subscribe();
+        let holds = state.wait_for(|state| state.policy_set == Some(digest));
+        let _ = tokio::time::timeout(POLICY_WAIT, holds).await;
+    }
+
+    /// Runs one invocation to its end, or to the moment `stop` is heard and
+    /// what runs is gone. `sink` gets the output as it comes.
+    ///
+    /// # Errors
+    /// [`ExecuteError`] where the program never started.
+    pub async fn execute(
+        &self,
+        invocation: Invocation,
+        stop: StopSignal,
+        sink: Option<OutputSink>,
+    ) -> Result<Outcome, ExecuteError> {
+        run::execute(self, invocation, stop, sink).await
+    }
+
+    /// The connection to use, waiting [`RESTART_WAIT`] for one at most.
+    pub(super) async fn connection(&self) -> Result<Arc<Connection>, ExecuteError> {
+        let mut state = self.state.subscribe();
+        let there = state.wait_for(|state| state.connection.is_some());
+        match tokio::time::timeout(RESTART_WAIT, there).await {
+            Ok(Ok(state)) => state.connection.clone().ok_or(ExecuteError::LauncherLost),
+            _ => Err(ExecuteError::LauncherLost),
+        }
+    }
+
+    /// Stops using a connection that failed.
+    pub(super) fn forget(&self, connection: &Arc<Connection>) {
+        self.state.send_if_modified(|state| {
+            let current =
+                state.connection.as_ref().is_some_and(|current| Arc::ptr_eq(current, connection));
+            if current {
+                *state = State::default();
+            }
+            current
+        });
+    }
+
+    async fn receive(&self, connection: &Arc<Connection>) -> io::Result<()> {
+        let mut buffer = vec![0; MESSAGE_MAX];
+        loop {
+            let read = |socket: &OwnedFd| sys::receive_packet(socket, &mut buffer);
+            let Some((length, _)) = connection.socket.async_io(Interest::READABLE, read).await?
+            else {
+                return Ok(());
+            };
+            let message = postcard::from_bytes::<FromLauncher>(&buffer[..length])
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            match message {
+                FromLauncher::Ready { policy_set } => {
+                    debug!(%policy_set, "the launcher is ready");
+                    self.state.send_replace(State {
+                        connection: Some(Arc::clone(connection)),
+                        policy_set: Some(policy_set),
+                    });
+                }
+                FromLauncher::Refused { run, .. }
+                | FromLauncher::Started { run, .. }
+                | FromLauncher::Ended { run, .. } => connection.deliver(run, message),
+            }
+        }
+    }
+}
+
+/// One socketpair with one launcher.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: AsyncFd<OwnedFd>,
+    /// Where each run's messages go; `None` once the connection ended.
+    runs: Mutex<Option<HashMap<RunId, mpsc::Sender<FromLauncher>>>>,
+}
+
+impl Connection {
+    /// Announces a run, so that messages about it find their way; `None` when
+    /// the connection has ended.
+    pub(super) fn register(self: &Arc<Self>, run: RunId) -> Option<Registration> {
+        let (sender, messages) = mpsc::channel(RUN_MESSAGES);
+        self.runs().as_mut()?.insert(run, sender);
+        Some(Registration { connection: Arc::clone(self), run, messages, alive: false })
+    }
+
+    /// Sends one message.
+    pub(super) async fn send(
+        &self,
+        message: &FromServer,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        let bytes = encode(message)?;
+        let write = |socket: &OwnedFd| sys::send_packet(socket, &bytes, descriptors);
+        self.socket.async_io(Interest::WRITABLE, write).await
+    }
+
+    fn deliver(&self, run: RunId, message: FromLauncher) {
+        let sender = self.runs().as_ref().and_then(|runs| runs.get(&run).cloned());
+        match sender {
+            Some(sender) => {
+                if sender.try_send(message).is_err() {
+                    warn!(%run, "a message about the run could not be delivered");
+                }
+            }
+            None => debug!(%run, "a message about a run that nobody waits for"),
+        }
+    }
+
+    fn close(&self) {
+        *self.runs() = None;
+    }
+
+    fn runs(&self) -> MutexGuard<'_, Option<HashMap<RunId, mpsc::Sender<FromLauncher>>>> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn encode(message: &FromServer) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_stdvec(message)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    if bytes.len() > MESSAGE_MAX {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    Ok(bytes)
+}
+
+/// A run's place on a connection. Dropping it while the run may be alive tells
+/// the launcher to end the run.
+#[derive(Debug)]
+pub(super) struct Registration {
+    pub(super) connection: Arc<Connection>,
+    run: RunId,
+    messages: mpsc::Receiver<FromLauncher>,
+    /// From sending the launch to hearing of the refusal or the end.
+    pub(super) alive: bool,
+}
+
+impl Registration {
+    /// The next message about this run; `None` when the launcher is gone.
+    pub(super) async fn next(&mut self) -> Option<FromLauncher> {
+        self.messages.recv().await
+    }
+
+    /// Asks the launcher to end the run. A launcher that can't be told has died,
+    /// which ends the run as well.
+    pub(super) async fn stop(&self, cause: StopCause) {
+        let message = FromServer::Stop { run: self.run, cause };
+        if let Err(error) = self.connection.send(&message, &[]).await {
+            debug!(run = %self.run, %error, "the launcher could not be told to stop the run");
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Some(runs) = self.connection.runs().as_mut() {
+            runs.remove(&self.run);
+        }
+        if !self.alive {
+            return;
+        }
+        let message = FromServer::Stop { run: self.run, cause: StopCause::Cancelled };
+        let sent = encode(&message).and_then(|bytes| {
+            sys::send_packet(self.connection.socket.get_ref().as_fd(), &bytes, &[])
+        });
+        if let Err(error) = sent {
+            warn!(run = %self.run, %error, "an abandoned run could not be stopped");
+        }
+    }
+}
