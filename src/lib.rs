@@ -4,6 +4,8 @@
 //! ARCHITECTURE.md is the map.
 
 pub mod cli;
+pub mod artifact;
+pub mod call;
 pub mod config;
 pub mod execute;
 pub mod jail;

@@ -66,10 +66,7 @@ impl Launcher {
         let socket = unsafe {
             AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE)?
         };
-        let connection = Arc::new(Connection {
-            socket,
-            runs: Mutex::new(Some(HashMap::new())),
-        });
+        let connection = Arc::new(Connection { socket, runs: Mutex::new(Some(HashMap::new())) });
         let launcher = self.clone();
         tokio::spawn(async move {
             let ended = launcher.receive(&connection).await;
