@@ -4,6 +4,7 @@
 //! ARCHITECTURE.md is the map.
 
 pub mod cli;
+pub mod admission;
 pub mod artifact;
 pub mod call;
 pub mod config;
