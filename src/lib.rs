@@ -14,7 +14,10 @@ pub mod monitor;
 pub mod names;
 pub mod observe;
 pub mod policy;
+pub mod protocol;
 pub mod server;
 pub mod sys;
+#[cfg(test)]
+mod testing;
 pub mod units;
 pub mod wire;

@@ -1,0 +1,4 @@
+//! How a program takes its call and gives its answer.
+
+pub mod exec;
+mod json;

@@ -1,0 +1,99 @@
+//! What the unit tests of several modules need: a call and a policy to change.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    call::{AskedLimits, Call, Source},
+    jail::plan::{Filesystem, Limits, Mode, Network, Root, SyscallPolicy, TemplateId},
+    names::Digest,
+    policy::{
+        Admission, Argv, Artifacts, Container, Instances, OutputFormat, Policy, PolicyFamily,
+        PolicySet, Protocol,
+    },
+    units::Limit,
+};
+use std::time::Duration;
+
+/// A call of `demo`'s `greeter/SayHello` that asks for nothing in particular.
+pub(crate) fn call() -> Call {
+    Call {
+        namespace: "demo".parse().unwrap(),
+        service: "greeter".parse().unwrap(),
+        method: "SayHello".parse().unwrap(),
+        source: Source::Registered,
+        digest: None,
+        input: None,
+        mode: None,
+        limits: AskedLimits::default(),
+        args: Vec::new(),
+        env: BTreeMap::new(),
+        output: None,
+        request_id: String::new(),
+        labels: BTreeMap::new(),
+        ignored_context: Vec::new(),
+    }
+}
+
+/// The built-in defaults under this name.
+pub(crate) fn policy(name: &str) -> Policy {
+    let environment = [
+        ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        ("HOME", "/tmp"),
+        ("TMPDIR", "/tmp"),
+        ("LANG", "C.UTF-8"),
+    ];
+    Policy {
+        id: TemplateId { policy: name.to_owned(), variant: 0 },
+        digest: Digest::of(name.as_bytes()),
+        mode: Mode::Jail,
+        allow_modes: Vec::new(),
+        best_effort: Vec::new(),
+        protocol: Protocol::Exec,
+        argv: Argv::Collector,
+        output: OutputFormat::Status,
+        limits: Limits::default(),
+        filesystem: Filesystem {
+            root: Root::Empty,
+            tmp: Some(Limit::At(64 << 20)),
+            tmp_exec: false,
+            binds: Vec::new(),
+        },
+        network: Network::None,
+        syscalls: SyscallPolicy { allowed: BTreeMap::new() },
+        keep_capabilities: Vec::new(),
+        user: String::new(),
+        environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+        environment_allow: Vec::new(),
+        services: vec!["*".to_owned()],
+        artifacts: Artifacts {
+            inline: true,
+            uris: Vec::new(),
+            digests: Vec::new(),
+            interpreters: Vec::new(),
+        },
+        admission: Admission {
+            concurrency: Limit::At(16),
+            queue: Limit::At(64),
+            queue_timeout: Limit::At(Duration::from_secs(10)),
+            rate: Limit::Unlimited,
+        },
+        container: Container::default(),
+        instances: Instances {
+            min: 0,
+            max: 4,
+            concurrency: 16,
+            start_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(300),
+            max_requests: Limit::Unlimited,
+        },
+    }
+}
+
+/// A set of policies without overrides; its digest tells sets of different policies apart.
+pub(crate) fn policy_set(policies: impl IntoIterator<Item = Policy>) -> PolicySet {
+    let policies: BTreeMap<_, _> = policies
+        .into_iter()
+        .map(|base| (base.id.policy.clone(), PolicyFamily { base, overrides: Vec::new() }))
+        .collect();
+    PolicySet { digest: Digest::of(format!("{policies:?}").as_bytes()), policies }
+}
