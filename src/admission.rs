@@ -9,6 +9,7 @@
 
 mod bucket;
 pub mod budget;
+pub mod bytes;
 #[cfg(test)]
 mod tests;
 

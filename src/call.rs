@@ -72,7 +72,8 @@ pub enum Source {
 pub struct Input {
     /// What it says its type is, as in an Any; no NUL.
     pub type_url: String,
-    /// The serialized message.
+    /// The serialized message; not a slice of the request, which it would keep
+    /// in memory.
     pub value: Bytes,
 }
 

@@ -8,6 +8,7 @@ pub mod admission;
 pub mod artifact;
 pub mod call;
 pub mod config;
+pub mod dispatch;
 pub mod execute;
 pub mod jail;
 pub mod monitor;

@@ -28,7 +28,7 @@ use crate::{
 /// How long a call waits for a launcher that is being started again.
 pub const RESTART_WAIT: Duration = Duration::from_secs(2);
 
-/// How long a call waits for the launcher to take up policies that the server has already.
+/// How long a call waits for the server and the launcher to have the same policies.
 const POLICY_WAIT: Duration = Duration::from_secs(1);
 
 /// Messages about one run that may be waiting: refused, or started and ended.
@@ -88,12 +88,17 @@ impl Launcher {
         let _ = state.wait_for(|state| state.connection.is_some()).await;
     }
 
-    /// Waits a moment until the launcher's newest policies are the set `digest`;
-    /// returns either way.
-    pub async fn await_policies(&self, digest: Digest) {
+    /// Waits a moment until the launcher's newest policies are those that
+    /// `current` names; returns either way.
+    pub async fn await_policies(&self, current: impl Fn() -> Digest) {
         let mut state = self.state.subscribe();
-        let holds = state.wait_for(|state| state.policy_set == Some(digest));
-        let _ = tokio::time::timeout(POLICY_WAIT, holds).await;
+        let agree = state.wait_for(|state| state.policy_set == Some(current()));
+        let _ = tokio::time::timeout(POLICY_WAIT, agree).await;
+    }
+
+    /// Has those who wait for policies look again: the server took up others.
+    pub fn policies_changed(&self) {
+        self.state.send_modify(|_| {});
     }
 
     /// Runs one invocation to its end, or to the moment `stop` is heard and

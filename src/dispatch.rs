@@ -1,0 +1,304 @@
+//! One call, from request to reply; [`Dispatcher::steps`] reads as the sentence.
+//!
+//! The server and `dispatcher run` both come through here.
+
+mod error;
+pub mod rules;
+#[cfg(test)]
+mod tests;
+
+pub use error::CallError;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::{
+    admission::{Admission, Ask, Permit, bytes::Reservation},
+    artifact::{self, Artifact, ArtifactError, elf, store::Store},
+    call::{Call, FormError, Source},
+    execute::{
+        ExecuteError, Invocation, Outcome, OutputSink, launcher::Launcher, stop::StopSignal,
+    },
+    jail::{message::Refusal, plan::Mode},
+    names::{Digest, RunId},
+    policy::{Policy, PolicySet, store::PolicyStore},
+    protocol::exec,
+};
+use rules::Terms;
+
+/// How often a call is decided anew because the policies changed under it.
+const STALE_RETRIES: u32 = 2;
+
+/// Everything that calls share.
+///
+/// To use it in-process: make a [`PolicyStore`] and an [`Admission`], give a
+/// [`Launcher`] its socket by [`Launcher::attach`], and hand each call to
+/// [`Dispatcher::dispatch`] with a sink for live output in its [`Context`].
+#[derive(Debug)]
+pub struct Dispatcher {
+    policies: Arc<PolicyStore>,
+    artifacts: Store,
+    admission: Admission,
+    launcher: Launcher,
+}
+
+/// What surrounds one call.
+#[derive(Debug)]
+pub struct Context {
+    /// Its id, from [`RunId::random`].
+    pub run: RunId,
+    /// When it must be over, so that its report still arrives in time.
+    pub deadline: Option<Instant>,
+    /// Heard when nobody waits for it any more.
+    pub stop: StopSignal,
+    /// Gets its output as it comes.
+    pub sink: Option<OutputSink>,
+    /// The memory its request was given; cut down to what is still needed.
+    pub reservation: Option<Reservation>,
+}
+
+/// How a call went.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// What is known of it either way.
+    pub facts: Facts,
+    /// What came out, or why nothing did.
+    pub result: Result<Finished, CallError>,
+}
+
+/// What the pipeline found out on its way.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The call's id.
+    pub run: RunId,
+    /// How long it waited for its permit.
+    pub queue_time: Duration,
+    /// How it was, or would have been, executed.
+    pub mode: Option<Mode>,
+    /// The executable's digest.
+    pub artifact: Option<Digest>,
+    /// The policy's name and digest.
+    pub policy: Option<(String, Digest)>,
+    /// The digest of all policies in force.
+    pub policy_set: Option<Digest>,
+    /// The limits that held for it.
+    pub terms: Option<Terms>,
+    /// Keys of `execution_context` that mean nothing here.
+    pub ignored_context: Vec<String>,
+}
+
+/// A program that ran.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// How.
+    pub outcome: Outcome,
+    /// Its stdout in the form asked for.
+    pub output: prost_types::Any,
+    /// `false`: it was to be a serialized Any and isn't.
+    pub output_fits: bool,
+}
+
+impl Dispatcher {
+    /// A dispatcher that decides by `policies` and executes by `launcher`, and
+    /// keeps up to `artifact_cache` bytes of executables.
+    #[must_use]
+    pub fn new(
+        policies: Arc<PolicyStore>,
+        admission: Admission,
+        launcher: Launcher,
+        artifact_cache: u64,
+    ) -> Self {
+        Self { policies, artifacts: Store::new(artifact_cache), admission, launcher }
+    }
+
+    /// Takes one call to its reply. It is stopped through its context's signal;
+    /// dropping the future also ends the run, but then nobody learns how.
+    pub async fn dispatch(&self, call: Result<Call, FormError>, context: Context) -> Reply {
+        let mut facts = Facts {
+            run: context.run,
+            queue_time: Duration::ZERO,
+            mode: None,
+            artifact: None,
+            policy: None,
+            policy_set: Some(self.policies.current().digest),
+            terms: None,
+            ignored_context: Vec::new(),
+        };
+        let result = match call {
+            Ok(call) => self.decide_by_current(call, context, &mut facts).await,
+            Err(malformed) => Err(malformed.into()),
+        };
+        Reply { facts, result }
+    }
+
+    /// Decides by the policies in force, and again when the launcher has newer ones.
+    async fn decide_by_current(
+        &self,
+        mut call: Call,
+        mut context: Context,
+        facts: &mut Facts,
+    ) -> Result<Finished, CallError> {
+        facts.ignored_context = std::mem::take(&mut call.ignored_context);
+        let mut artifact = None;
+        for _ in 0..STALE_RETRIES {
+            let policies = self.policies.current();
+            match self.steps(&policies, &mut call, &mut artifact, &mut context, facts).await {
+                Err(CallError::Execute(ExecuteError::Refused(Refusal::StalePolicy))) => {
+                    self.launcher.await_policies(|| self.policies.current().digest).await;
+                }
+                result => return result,
+            }
+        }
+        let policies = self.policies.current();
+        self.steps(&policies, &mut call, &mut artifact, &mut context, facts).await
+    }
+
+    /// policy → artifact → built yet → admission → execute → outcome.
+    async fn steps(
+        &self,
+        policies: &PolicySet,
+        call: &mut Call,
+        artifact: &mut Option<Artifact>,
+        context: &mut Context,
+        facts: &mut Facts,
+    ) -> Result<Finished, CallError> {
+        facts.policy_set = Some(policies.digest);
+        let policy = rules::choose(policies, call)?;
+        facts.policy = Some((policy.id.policy.clone(), policy.digest));
+        let terms = rules::decide(call, policy)?;
+        facts.mode = Some(terms.mode);
+        facts.terms = Some(terms);
+
+        let artifact = self.resolve(call, policy, terms.mode, artifact, facts).await?;
+        rules::check_built(policy, terms.mode)?;
+        give_back(call, &artifact, context.reservation.as_mut());
+
+        let permit = self.admit(call, policy, terms, context, facts).await?;
+
+        let invocation = invocation(call, policies.digest, policy, terms, artifact, context);
+        let stop = context.stop.clone();
+        let executed = self.launcher.execute(invocation, stop, context.sink.clone()).await;
+        let remains = match &executed {
+            Ok(outcome) => outcome.quarantined,
+            Err(error) => matches!(error, ExecuteError::Stuck(_)),
+        };
+        if remains {
+            permit.quarantine();
+        }
+        let outcome = executed?;
+        let (output, output_fits) = exec::output(&outcome.stdout, terms.output);
+        Ok(Finished { outcome, output, output_fits })
+    }
+
+    /// Finds the executable and checks it against the policy. It is in `found`
+    /// already when the call is decided again.
+    async fn resolve(
+        &self,
+        call: &mut Call,
+        policy: &Policy,
+        mode: Mode,
+        found: &mut Option<Artifact>,
+        facts: &mut Facts,
+    ) -> Result<Artifact, CallError> {
+        let rules = &policy.artifacts;
+        let limit = policy.limits.artifact_size;
+        let root = |kind: &elf::Executable| {
+            artifact::check_root(kind, mode, &policy.filesystem, &rules.interpreters)
+        };
+        let held = match (found.take(), &mut call.source) {
+            (Some(artifact), _) => artifact,
+            (None, Source::Registered) => return Err(CallError::service_not_found(call)),
+            (None, Source::Uri(uri)) => {
+                let scheme = uri.split(':').next().unwrap_or_default();
+                return Err(CallError::Unimplemented(format!("fetching {scheme:?} artifacts")));
+            }
+            (None, Source::Held(digest)) => {
+                facts.artifact = Some(*digest);
+                artifact::check_digest(*digest, call.digest, &rules.digests)?;
+                let held = self.artifacts.get(&call.namespace, *digest);
+                held.ok_or(ArtifactError::Missing(*digest))?
+            }
+            (None, Source::Inline(bytes)) => {
+                let bytes = std::mem::take(bytes);
+                if bytes.is_empty() {
+                    return Err(ArtifactError::Empty.into());
+                }
+                artifact::check_size(bytes.len() as u64, limit)?;
+                let digest = artifact::digest_of(&bytes).await?;
+                facts.artifact = Some(digest);
+                artifact::check_digest(digest, call.digest, &rules.digests)?;
+                let kind = elf::inspect(&bytes).map_err(ArtifactError::from)?;
+                root(&kind)?;
+                self.artifacts.put(&call.namespace, digest, kind, bytes).await?
+            }
+        };
+        facts.artifact = Some(held.digest);
+        artifact::check_size(held.size, limit)?;
+        artifact::check_digest(held.digest, call.digest, &rules.digests)?;
+        root(&held.kind)?;
+        *found = Some(held.clone());
+        Ok(held)
+    }
+
+    async fn admit(
+        &self,
+        call: &Call,
+        policy: &Policy,
+        terms: Terms,
+        context: &mut Context,
+        facts: &mut Facts,
+    ) -> Result<Permit, CallError> {
+        let ask = Ask {
+            namespace: &call.namespace,
+            rules: &policy.admission,
+            memory: terms.memory,
+            deadline: context.deadline,
+        };
+        let begun = Instant::now();
+        let admitted = self.admission.admit(ask, &mut context.stop).await;
+        facts.queue_time += begun.elapsed();
+        Ok(admitted?)
+    }
+}
+
+/// With the executable in the store, the request's own memory is needed for its
+/// input only.
+fn give_back(call: &Call, artifact: &Artifact, reservation: Option<&mut Reservation>) {
+    let input = call.input.as_ref().map_or(0, |input| input.value.len() as u64);
+    let executable = if artifact.stored { 0 } else { artifact.size };
+    if let Some(reservation) = reservation {
+        reservation.shrink_to(input + executable);
+    }
+}
+
+fn invocation(
+    call: &Call,
+    policy_set: Digest,
+    policy: &Policy,
+    terms: Terms,
+    artifact: Artifact,
+    context: &Context,
+) -> Invocation {
+    Invocation {
+        run: context.run,
+        policy_set,
+        template: policy.id.clone(),
+        mode: terms.mode,
+        executable: artifact.memory,
+        executable_size: artifact.size,
+        argv: exec::argv(call, policy.argv, &artifact.kind),
+        interpreter: match artifact.kind {
+            elf::Executable::Script { interpreter, .. } => Some(interpreter),
+            elf::Executable::Static | elf::Executable::Dynamic { .. } => None,
+        },
+        environment: exec::environment(call, policy),
+        input: exec::stdin(call),
+        timeout: terms.timeout,
+        deadline: context.deadline,
+        memory: call.limits.memory,
+        cpus: call.limits.cpus,
+        output_limit: policy.limits.output,
+        stderr_limit: policy.limits.stderr,
+    }
+}
