@@ -1,3 +1,4 @@
 //! All that strangers talk to: the gRPC service.
 
+pub mod convert;
 pub mod message;

@@ -1,0 +1,575 @@
+//! Every row of the contract's table, and every way a request can be malformed.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
+
+use super::{reply::Trailers, *};
+use crate::{
+    admission::AdmissionError,
+    artifact::{ArtifactError, elf},
+    call::{FormError, MEMORY_MIN, Source},
+    dispatch::{CallError, Facts, Finished, Reply, rules},
+    execute::{ExecuteError, Outcome, Verdict},
+    jail::{
+        message::{Refusal, StopCause},
+        plan::{Control, Mode},
+    },
+    names::{Digest, RunId},
+    policy::OutputFormat,
+    testing,
+    units::MilliCpus,
+    wire::{self, serve_request::ServiceDef, status::Code},
+};
+
+fn request() -> wire::ServeRequest {
+    wire::ServeRequest {
+        namespace: "demo".into(),
+        service: Some(wire::ServiceTypeRef {
+            namespace: String::new(),
+            service_name: "greeter".into(),
+        }),
+        method_name: "SayHello".into(),
+        ..wire::ServeRequest::default()
+    }
+}
+
+fn with(change: impl FnOnce(&mut wire::ServeRequest)) -> Result<crate::call::Call, FormError> {
+    let mut request = request();
+    change(&mut request);
+    call(request)
+}
+
+fn with_options(
+    change: impl FnOnce(&mut wire::ExecutionOptions),
+) -> Result<crate::call::Call, FormError> {
+    with(|request| change(request.options.get_or_insert_default()))
+}
+
+fn with_context(entries: &[(&str, &str)]) -> Result<crate::call::Call, FormError> {
+    with(|request| {
+        request.execution_context =
+            entries.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    })
+}
+
+fn bad_field(result: Result<crate::call::Call, FormError>) -> &'static str {
+    match result.unwrap_err() {
+        FormError::Bad { field, .. } => field,
+        missing @ FormError::Missing { .. } => panic!("{missing}"),
+    }
+}
+
+#[test]
+fn required_fields_are_asked_for_in_order() {
+    let missing = |change: fn(&mut wire::ServeRequest)| with(change).unwrap_err().to_string();
+    assert_eq!(
+        call(wire::ServeRequest::default()).unwrap_err().to_string(),
+        "namespace is required"
+    );
+    assert_eq!(missing(|r| r.namespace.clear()), "namespace is required");
+    assert_eq!(missing(|r| r.service = None), "service is required");
+    let unnamed = |r: &mut wire::ServeRequest| r.service = Some(wire::ServiceTypeRef::default());
+    assert_eq!(missing(unnamed), "service is required");
+    assert_eq!(missing(|r| r.method_name.clear()), "method_name is required");
+    let two = |r: &mut wire::ServeRequest| {
+        r.service = None;
+        r.namespace = "../etc".into();
+    };
+    assert_eq!(missing(two), "service is required", "before any name is looked at");
+}
+
+#[test]
+fn names_are_checked() {
+    assert_eq!(bad_field(with(|r| r.namespace = "../etc".into())), "namespace");
+    assert_eq!(bad_field(with(|r| r.method_name = "Say Hello".into())), "method_name");
+    let service = |namespace: &str, name: &str| {
+        with(|request| {
+            request.service = Some(wire::ServiceTypeRef {
+                namespace: namespace.into(),
+                service_name: name.into(),
+            });
+        })
+    };
+    assert_eq!(bad_field(service("", "a/b")), "service.service_name");
+    assert_eq!(bad_field(service("other", "a")), "service.namespace");
+    assert_eq!(bad_field(service("a b", "a")), "service.namespace");
+    assert!(service("demo", "a").is_ok());
+}
+
+#[test]
+fn limits_that_are_nonsense_are_refused() {
+    for (seconds, nanos) in
+        [(0, 0), (-1, 0), (1, -1), (0, 1_000_000_000), (i64::MAX, 0), (i64::MIN, i32::MIN)]
+    {
+        let timeout = prost_types::Duration { seconds, nanos };
+        let result = with_options(|options| options.timeout = Some(timeout));
+        assert_eq!(bad_field(result), "options.timeout", "{seconds} {nanos}");
+    }
+    for cpus in [-1.0, f64::NAN, f64::INFINITY, 1e300, 0.0001, 5000.0] {
+        assert_eq!(bad_field(with_options(|o| o.cpus = cpus)), "options.cpus", "{cpus}");
+    }
+    assert_eq!(bad_field(with_options(|o| o.memory_bytes = 1)), "options.memory_bytes");
+    assert_eq!(bad_field(with_options(|o| o.mode = 99)), "options.mode");
+    assert_eq!(bad_field(with_options(|o| o.output = -1)), "options.output");
+    for (key, value, field) in [
+        ("timeout", "soon", "execution_context.timeout"),
+        ("timeout", "0s", "execution_context.timeout"),
+        ("timeout", "-1s", "execution_context.timeout"),
+        ("memory", "lots", "execution_context.memory"),
+        ("memory", "1", "execution_context.memory"),
+        ("cpus", "NaN", "execution_context.cpus"),
+        ("mode", "sandbox", "execution_context.mode"),
+    ] {
+        assert_eq!(bad_field(with_context(&[(key, value)])), field, "{value}");
+    }
+}
+
+#[test]
+fn the_context_means_the_same_as_the_options_which_win() {
+    let context =
+        [("timeout", "2s"), ("memory", "64MiB"), ("cpus", "0.5"), ("mode", "direct"), ("x", "y")];
+    let asked = with_context(&context).unwrap();
+    assert_eq!(asked.limits.timeout, Some(Duration::from_secs(2)));
+    assert_eq!(asked.limits.memory, Some(64 << 20));
+    assert_eq!(asked.limits.cpus, Some(MilliCpus(500)));
+    assert_eq!(asked.mode, Some(Mode::Direct));
+    assert_eq!(asked.ignored_context, ["x"]);
+
+    let both = with(|request| {
+        request.execution_context =
+            context.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        request.options = Some(wire::ExecutionOptions {
+            timeout: Some(prost_types::Duration { seconds: 1, nanos: 500_000_000 }),
+            memory_bytes: MEMORY_MIN,
+            cpus: 2.0,
+            mode: wire::ExecutionMode::Jail.into(),
+            output: wire::OutputFormat::Bytes.into(),
+            ..wire::ExecutionOptions::default()
+        });
+    })
+    .unwrap();
+    assert_eq!(both.limits.timeout, Some(Duration::from_millis(1500)));
+    assert_eq!(both.limits.memory, Some(MEMORY_MIN));
+    assert_eq!(both.limits.cpus, Some(MilliCpus(2000)));
+    assert_eq!((both.mode, both.output), (Some(Mode::Jail), Some(OutputFormat::Bytes)));
+}
+
+#[test]
+fn input_comes_one_way_or_the_other() {
+    let any = prost_types::Any { type_url: "x/y.Z".into(), value: vec![1] };
+    let by_any = with(|request| request.input = Some(any.clone())).unwrap().input.unwrap();
+    let by_bytes = with_options(|options| {
+        options.input_type = "x/y.Z".into();
+        options.input_bytes = vec![1].into();
+    });
+    assert_eq!(by_bytes.unwrap().input.unwrap(), by_any);
+    assert!(
+        with(|request| request.input = Some(prost_types::Any::default())).unwrap().input.is_none()
+    );
+    assert!(with(|_| {}).unwrap().input.is_none());
+    let both = with(|request| {
+        request.input = Some(any);
+        request.options.get_or_insert_default().input_bytes = vec![1].into();
+    });
+    assert_eq!(bad_field(both), "options.input_bytes");
+    let nul = with(|request| {
+        request.input = Some(prost_types::Any { type_url: "a\0".into(), value: vec![] });
+    });
+    assert_eq!(bad_field(nul), "input.type_url");
+}
+
+#[test]
+fn what_to_run_is_told_apart() {
+    let source = |def| with(|request| request.service_def = Some(def));
+    let uri = |text: &str| source(ServiceDef::ServiceUri(text.into()));
+    let digest = Digest::of(b"x");
+    assert!(matches!(with(|_| {}).unwrap().source, Source::Registered));
+    let binary = source(ServiceDef::ServiceBinary("x".into())).unwrap().source;
+    assert!(matches!(binary, Source::Inline(bytes) if bytes == "x"));
+    let held = uri(&digest.to_string()).unwrap().source;
+    assert!(matches!(held, Source::Held(found) if found == digest));
+    assert!(matches!(uri("https://a.example/x").unwrap().source, Source::Uri(_)));
+    for bad in ["", "sha256:short", "no-scheme", ":x", "a b:c", &format!("x:{}", "y".repeat(3000))]
+    {
+        assert_eq!(bad_field(uri(bad)), "service_uri", "{bad}");
+    }
+    let named = with_options(|options| options.artifact_digest = digest.to_string());
+    assert_eq!(named.unwrap().digest, Some(digest));
+    let malformed = with_options(|options| options.artifact_digest = "md5:x".into());
+    assert_eq!(bad_field(malformed), "options.artifact_digest");
+}
+
+#[test]
+fn everything_is_bounded() {
+    let many = |count: usize| (0..count).map(|n| (n.to_string(), String::new())).collect();
+    let long = |bytes: usize| HashMap::from([("k".to_owned(), "v".repeat(bytes))]);
+    assert_eq!(bad_field(with(|r| r.execution_context = many(257))), "execution_context");
+    assert_eq!(bad_field(with(|r| r.execution_context = long(20_000))), "execution_context");
+    assert_eq!(bad_field(with_options(|o| o.labels = many(257))), "options.labels");
+    assert_eq!(bad_field(with_options(|o| o.labels = long(20_000))), "options.labels");
+    assert_eq!(bad_field(with_options(|o| o.request_id = "x".repeat(257))), "options.request_id");
+    assert_eq!(bad_field(with_options(|o| o.env = many(257))), "options.env");
+    assert_eq!(bad_field(with_options(|o| o.args = vec![String::new(); 5000])), "options.args");
+    assert_eq!(bad_field(with_options(|o| o.args = vec!["a\0b".into()])), "options.args");
+    for (name, value) in [("", "x"), ("a=b", "x"), ("a\0", "x"), ("a", "x\0")] {
+        let env = HashMap::from([(name.to_owned(), value.to_owned())]);
+        assert_eq!(bad_field(with_options(|o| o.env = env)), "options.env", "{name:?}");
+    }
+    // The bound is on both together: each fits alone.
+    let half = "x".repeat(70 << 10);
+    assert!(with_options(|o| o.args = vec![half.clone()]).is_ok());
+    let both = with_options(|options| {
+        options.args = vec![half.clone()];
+        options.env = HashMap::from([("A".into(), half.clone())]);
+    });
+    assert_eq!(bad_field(both), "options.args");
+}
+
+fn outcome(verdict: Verdict) -> Outcome {
+    Outcome {
+        verdict,
+        exit_code: 0,
+        signal: 0,
+        stdout: "out".into(),
+        stdout_truncated: false,
+        stderr: "err".into(),
+        stderr_truncated: true,
+        started: SystemTime::UNIX_EPOCH,
+        setup: Duration::from_micros(300),
+        wall: Duration::from_secs(30),
+        user: Duration::from_millis(5),
+        system: Duration::from_millis(6),
+        memory_peak: 7,
+        pids_peak: 8,
+        enforced: vec![Control::NsUser, Control::Landlock(5)],
+        denied_syscall: String::new(),
+        refused_syscalls: Vec::new(),
+        failure: None,
+        quarantined: false,
+    }
+}
+
+fn reply(result: Result<Finished, CallError>) -> Reply {
+    let policy = testing::policy("demo");
+    let facts = Facts {
+        run: "00112233445566778899aabbccddeeff".parse().unwrap(),
+        queue_time: Duration::from_millis(3),
+        mode: Some(Mode::Jail),
+        artifact: Some(Digest::of(b"x")),
+        policy: Some(("demo".into(), policy.digest)),
+        policy_set: Some(Digest::of(b"set")),
+        terms: Some(rules::decide(&testing::call(), &policy).unwrap()),
+        ignored_context: vec!["x".into()],
+    };
+    Reply { facts, result }
+}
+
+fn ran(verdict: Verdict, change: impl FnOnce(&mut Finished)) -> Summary {
+    let output = prost_types::Any::default();
+    let mut finished = Finished { outcome: outcome(verdict), output, output_fits: true };
+    change(&mut finished);
+    summarize(&reply(Ok(finished)))
+}
+
+#[track_caller]
+fn assert_row(summary: &Summary, code: Code, verdict: Verdict, reason: &str) {
+    assert_eq!((summary.code, summary.verdict), (code, verdict), "{summary:?}");
+    assert_eq!(summary.reason.unwrap_or_default(), reason);
+    assert_eq!(summary.details.get("reason").map_or("", |text| text), reason);
+    assert_eq!(summary.message.is_empty(), reason.is_empty());
+}
+
+#[track_caller]
+fn assert_details(summary: &Summary, expected: &[(&str, &str)]) {
+    for (key, value) in expected {
+        assert_eq!(summary.details.get(*key).map(String::as_str), Some(*value), "{summary:?}");
+    }
+    assert_eq!(summary.details.len(), expected.len() + 1, "and the reason: {summary:?}");
+}
+
+#[test]
+fn rows_of_programs_that_ran() {
+    assert_row(&ran(Verdict::Exited, |_| {}), Code::Ok, Verdict::Exited, "");
+
+    let nonzero = ran(Verdict::Exited, |finished| finished.outcome.exit_code = 3);
+    assert_row(&nonzero, Code::Unknown, Verdict::Exited, "exit_nonzero");
+    assert_details(&nonzero, &[("exit_code", "3")]);
+
+    let signalled = ran(Verdict::Signalled, |finished| finished.outcome.signal = 11);
+    assert_row(&signalled, Code::Unknown, Verdict::Signalled, "signalled");
+    assert_details(&signalled, &[("signal", "11")]);
+    assert!(signalled.message.contains("SIGSEGV"));
+
+    let killed = |verdict| ran(verdict, |finished| finished.outcome.signal = 9);
+    let timeout = killed(Verdict::TimedOut);
+    assert_row(&timeout, Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
+    assert_details(&timeout, &[("limit", "timeout"), ("allowed", "30s"), ("signal", "9")]);
+    let deadline = ran(Verdict::TimedOut, |f| f.outcome.wall = Duration::from_secs(1));
+    assert_row(&deadline, Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
+    assert_details(&deadline, &[("limit", "timeout")]);
+
+    for (verdict, reason, limit, allowed) in [
+        (Verdict::CpuTimeExceeded, "cpu_time", "cpu_time", "30s"),
+        (Verdict::OutOfMemory, "out_of_memory", "memory", "512MiB"),
+        (Verdict::OutputExceeded, "output", "output", "3MiB"),
+    ] {
+        let summary = killed(verdict);
+        assert_row(&summary, Code::ResourceExhausted, verdict, reason);
+        assert_details(&summary, &[("limit", limit), ("allowed", allowed), ("signal", "9")]);
+    }
+    assert_row(
+        &ran(Verdict::OutOfMemory, |_| {}),
+        Code::ResourceExhausted,
+        Verdict::OutOfMemory,
+        "out_of_memory",
+    );
+
+    let denied = ran(Verdict::SyscallDenied, |f| f.outcome.denied_syscall = "unshare".into());
+    assert_row(&denied, Code::PermissionDenied, Verdict::SyscallDenied, "syscall_denied");
+    assert!(denied.message.contains("unshare"));
+    let cancelled = ran(Verdict::Cancelled, |_| {});
+    assert_row(&cancelled, Code::Cancelled, Verdict::Cancelled, "cancelled");
+
+    let unparsed = ran(Verdict::Exited, |finished| finished.output_fits = false);
+    assert_row(&unparsed, Code::DataLoss, Verdict::Exited, "bad_output");
+    let both = ran(Verdict::Exited, |finished| {
+        finished.output_fits = false;
+        finished.outcome.exit_code = 1;
+    });
+    assert_row(&both, Code::Unknown, Verdict::Exited, "exit_nonzero");
+
+    for (reason, code) in [
+        ("host_memory", Code::Internal),
+        ("internal", Code::Internal),
+        ("launcher_lost", Code::Unavailable),
+    ] {
+        let failed = ran(Verdict::Failed, |f| f.outcome.failure = Some((reason, "text".into())));
+        assert_row(&failed, code, Verdict::Failed, reason);
+    }
+}
+
+#[test]
+fn rows_of_calls_that_never_ran() {
+    use Code::{
+        Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound,
+        PermissionDenied, ResourceExhausted, Unavailable, Unimplemented,
+    };
+    let digest = Digest::of(b"x");
+    let policy = || "demo".to_owned();
+    let after = Duration::from_micros(1500);
+    let elf = |bytes: &[u8]| ArtifactError::from(elf::inspect(bytes).unwrap_err());
+    let mut other_machine = elf::sample(None);
+    other_machine[18] = 40;
+    let refused = |refusal| CallError::from(ExecuteError::Refused(refusal));
+    let exec = |errno| refused(Refusal::Exec { errno });
+    let sha = digest.to_string();
+    let by_digest: &[(&str, &str)] = &[("requested", &sha)];
+    let retry: &[(&str, &str)] = &[("retry_after_ms", "2")];
+    let rows: Vec<(CallError, Code, &str, &[(&str, &str)])> = vec![
+        (
+            FormError::Missing { field: "namespace" }.into(),
+            InvalidArgument,
+            "missing_field",
+            &[("field", "namespace")],
+        ),
+        (
+            FormError::bad("options.cpus", "is odd").into(),
+            InvalidArgument,
+            "bad_field",
+            &[("field", "options.cpus")],
+        ),
+        (ArtifactError::Empty.into(), InvalidArgument, "not_executable", &[]),
+        (elf(b"text").into(), InvalidArgument, "not_executable", &[]),
+        (elf(b"\x7fELF").into(), InvalidArgument, "not_executable", &[]),
+        (elf(&other_machine).into(), InvalidArgument, "wrong_architecture", &[]),
+        (ArtifactError::LoaderMissing("x".into()).into(), InvalidArgument, "loader_missing", &[]),
+        (
+            ArtifactError::ScriptNotAllowed { interpreter: "/bin/sh".into() }.into(),
+            InvalidArgument,
+            "script_not_allowed",
+            &[("requested", "/bin/sh")],
+        ),
+        (
+            ArtifactError::DigestMismatch { expected: digest, found: digest }.into(),
+            InvalidArgument,
+            "digest_mismatch",
+            by_digest,
+        ),
+        (CallError::NoPolicy("x".into()), PermissionDenied, "no_policy", &[]),
+        (
+            CallError::ServiceNotAllowed {
+                policy: policy(),
+                service: "a".into(),
+                method: "b".into(),
+            },
+            PermissionDenied,
+            "service_not_allowed",
+            &[],
+        ),
+        (
+            CallError::ModeNotAllowed { policy: policy(), mode: Mode::Direct },
+            PermissionDenied,
+            "mode_not_allowed",
+            &[("requested", "direct")],
+        ),
+        (
+            CallError::SourceNotAllowed { policy: policy(), what: "x".into() },
+            PermissionDenied,
+            "source_not_allowed",
+            &[],
+        ),
+        (
+            CallError::DigestNotAllowed { policy: policy(), digest },
+            PermissionDenied,
+            "digest_not_allowed",
+            by_digest,
+        ),
+        (
+            ArtifactError::DigestNotAllowed { found: digest }.into(),
+            PermissionDenied,
+            "digest_not_allowed",
+            by_digest,
+        ),
+        (
+            CallError::EnvNotAllowed { policy: policy(), name: "LD_PRELOAD".into() },
+            PermissionDenied,
+            "env_not_allowed",
+            &[("requested", "LD_PRELOAD")],
+        ),
+        (
+            CallError::OverPolicy {
+                policy: policy(),
+                limit: "memory",
+                requested: "1GiB".into(),
+                allowed: "512MiB".into(),
+            },
+            PermissionDenied,
+            "over_policy",
+            &[("limit", "memory"), ("requested", "1GiB"), ("allowed", "512MiB")],
+        ),
+        (CallError::ServiceNotFound("a/a/b".into()), NotFound, "service_not_found", &[]),
+        (ArtifactError::Missing(digest).into(), NotFound, "artifact_missing", by_digest),
+        (
+            ArtifactError::TooLarge { size: 2048, limit: 1024 }.into(),
+            ResourceExhausted,
+            "artifact_too_large",
+            &[("limit", "artifact_size"), ("requested", "2KiB"), ("allowed", "1KiB")],
+        ),
+        (
+            AdmissionError::QueueFull { waiting: 1, retry_after: after }.into(),
+            ResourceExhausted,
+            "queue_full",
+            retry,
+        ),
+        (
+            AdmissionError::QueueTimeout { waited: after, retry_after: after }.into(),
+            ResourceExhausted,
+            "queue_timeout",
+            retry,
+        ),
+        (
+            AdmissionError::RateExceeded { per_second: "1".into(), retry_after: after }.into(),
+            ResourceExhausted,
+            "rate_exceeded",
+            retry,
+        ),
+        (
+            refused(Refusal::Exhausted { what: "host uid".into() }),
+            ResourceExhausted,
+            "queue_full",
+            &[("retry_after_ms", "1000")],
+        ),
+        (
+            refused(Refusal::ControlUnavailable {
+                control: Control::CgroupMemory,
+                why: "no cgroup".into(),
+            }),
+            FailedPrecondition,
+            "control_unavailable",
+            &[("control", "cgroup.memory")],
+        ),
+        (AdmissionError::Deadline.into(), DeadlineExceeded, "deadline_in_queue", &[]),
+        (
+            ExecuteError::Stopped(StopCause::Timeout).into(),
+            DeadlineExceeded,
+            "deadline_in_queue",
+            &[],
+        ),
+        (exec(libc::ENOENT), InvalidArgument, "loader_missing", &[]),
+        (exec(libc::ENOEXEC), InvalidArgument, "not_executable", &[]),
+        (exec(libc::E2BIG), InvalidArgument, "bad_field", &[("field", "options.args")]),
+        (CallError::Unimplemented("x".into()), Unimplemented, "unimplemented", &[]),
+    ];
+    for (error, code, reason, details) in rows {
+        let summary = summarize(&reply(Err(error)));
+        assert_row(&summary, code, Verdict::Refused, reason);
+        assert_details(&summary, details);
+    }
+    let others: Vec<(CallError, Code, Verdict, &str)> = vec![
+        (AdmissionError::Stopped.into(), Cancelled, Verdict::Cancelled, "cancelled"),
+        (
+            ExecuteError::Stopped(StopCause::Cancelled).into(),
+            Cancelled,
+            Verdict::Cancelled,
+            "cancelled",
+        ),
+        (ExecuteError::LauncherLost.into(), Unavailable, Verdict::Failed, "launcher_lost"),
+        (ExecuteError::Stuck("start").into(), Internal, Verdict::Failed, "internal"),
+        (refused(Refusal::StalePolicy), Internal, Verdict::Failed, "internal"),
+        (refused(Refusal::Invalid { what: "x".into() }), Internal, Verdict::Failed, "internal"),
+        (
+            refused(Refusal::Step { step: "mounts".into(), index: 1, errno: libc::EPERM }),
+            Internal,
+            Verdict::Failed,
+            "internal",
+        ),
+        (exec(libc::EIO), Internal, Verdict::Failed, "internal"),
+        (CallError::Internal("x".into()), Internal, Verdict::Failed, "internal"),
+    ];
+    for (error, code, verdict, reason) in others {
+        let summary = summarize(&reply(Err(error)));
+        assert_row(&summary, code, verdict, reason);
+        assert_details(&summary, &[]);
+    }
+}
+
+#[test]
+fn a_response_carries_output_and_report() {
+    let output = prost_types::Any { type_url: "x".into(), value: vec![1] };
+    let finished =
+        Finished { outcome: outcome(Verdict::Exited), output: output.clone(), output_fits: true };
+    let (response, _) = response(reply(Ok(finished)), "here");
+    assert_eq!(response.executor_id, "here");
+    assert_eq!(response.output, Some(output));
+    let report = response.report.unwrap();
+    assert_eq!(report.verdict(), wire::Verdict::Exited);
+    assert_eq!(report.mode(), wire::ExecutionMode::Jail);
+    assert_eq!(report.enforced, ["ns.user", "landlock.v5"]);
+    assert_eq!(report.run_id, "00112233445566778899aabbccddeeff");
+    assert_eq!(report.artifact_digest, Digest::of(b"x").to_string());
+    assert_eq!(report.policy_set_digest, Digest::of(b"set").to_string());
+    assert_eq!((&report.policy[..], &report.stderr[..]), ("demo", &b"err"[..]));
+    assert_eq!(report.wall_time.unwrap().seconds, 30);
+    assert_eq!(report.queue_time.unwrap().nanos, 3_000_000);
+    assert_eq!(report.start_time.unwrap().seconds, 0);
+    assert_eq!((report.memory_peak_bytes, report.pids_peak), (7, 8));
+    assert!(report.stderr_truncated && !report.stdout_truncated);
+    assert_eq!(report.ignored_context, ["x"]);
+}
+
+#[test]
+fn a_refusal_has_a_report_and_no_output() {
+    let (response, summary) = response(reply(Err(CallError::NoPolicy("x".into()))), "here");
+    assert!(response.output.is_none());
+    let report = response.report.unwrap();
+    assert_eq!(report.verdict(), wire::Verdict::Refused);
+    assert!(report.start_time.is_none() && !report.run_id.is_empty());
+    assert_eq!(response.status.unwrap().code(), Code::PermissionDenied);
+    let run = RunId::random().unwrap();
+    let trailers = Trailers::of(&summary, Some(run));
+    assert_eq!((trailers.code, trailers.verdict), ("PERMISSION_DENIED", "REFUSED"));
+    assert_eq!((trailers.reason, trailers.run_id), ("no_policy", run.to_string()));
+    assert_eq!(trailers.retry_pushback_ms, None);
+}
