@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod admission;
 pub mod artifact;
+pub mod audit;
 pub mod call;
 pub mod config;
 pub mod dispatch;
