@@ -1,4 +1,5 @@
 //! All that strangers talk to: the gRPC service.
 
 pub mod convert;
+pub mod layers;
 pub mod message;

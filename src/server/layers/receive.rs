@@ -1,0 +1,410 @@
+//! Takes a request's message in whole before anything decodes it.
+//!
+//! The decoder sets memory aside for as much as a message's prefix announces,
+//! and waits for it as long as it takes. Here bytes are counted against one
+//! budget over all connections as they really arrive, what is too large is
+//! refused by its prefix, and what stops arriving is given up. Nothing waits
+//! for room: what does not fit is refused, so calls can't block each other.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http_body_util::BodyExt as _;
+use tokio::time::{Instant, timeout_at};
+use tonic::{Status, body::Body, metadata::MetadataMap};
+use tower::{Layer, Service};
+
+use super::{Answer, is_ours, is_serve, scan::light_bytes};
+use crate::admission::bytes::{ByteBudget, Reservation};
+
+/// How long a message may make no progress.
+pub const STALL_MAX: Duration = Duration::from_secs(30);
+
+/// Bytes per second that a message must arrive with, after [`STALL_MAX`].
+const RATE_MIN: u64 = 16 << 10;
+
+/// Frames smaller than this are copied together, lest each keep a buffer alive.
+const FRAME_SMALL: usize = 4 << 10;
+
+/// Bytes of a Serve message besides executable and input; also of the other
+/// methods' messages. They decode to a multiple of their size.
+const LIGHT_MAX: u64 = 1 << 20;
+
+/// A gRPC message's flag and length.
+const PREFIX: usize = 5;
+
+/// When to come again after the budget was full.
+const RETRY_AFTER_MS: u64 = 1000;
+
+/// When a request's headers came: its deadline counts from here.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival(pub Instant);
+
+/// The memory of a received message, for the handler to take.
+#[derive(Clone, Debug)]
+pub struct Received(Arc<Mutex<Option<Reservation>>>);
+
+impl Received {
+    /// Takes the reservation; it is there once.
+    #[must_use]
+    pub fn take(&self) -> Option<Reservation> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// How large a Serve message may be; asked for each, as policies change.
+pub type MessageLimit = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// Adds [`Receive`].
+#[derive(Clone)]
+pub struct ReceiveLayer {
+    budget: ByteBudget,
+    limit: MessageLimit,
+}
+
+impl ReceiveLayer {
+    /// Takes in messages up to `limit`, all of them together up to `budget`.
+    #[must_use]
+    pub fn new(budget: ByteBudget, limit: MessageLimit) -> Self {
+        Self { budget, limit }
+    }
+}
+
+impl<S> Layer<S> for ReceiveLayer {
+    type Service = Receive<S>;
+
+    fn layer(&self, inner: S) -> Receive<S> {
+        Receive { inner, layer: self.clone() }
+    }
+}
+
+/// See the module.
+#[derive(Clone)]
+pub struct Receive<S> {
+    inner: S,
+    layer: ReceiveLayer,
+}
+
+impl<S> Service<http::Request<Body>> for Receive<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
+    S::Future: Send,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Answer {
+        // The instance that was polled ready is the one to call.
+        let fresh = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, fresh);
+        if !is_ours(&request) {
+            return Box::pin(inner.call(request));
+        }
+        request.extensions_mut().insert(Arrival(Instant::now()));
+        let layer = self.layer.clone();
+        Box::pin(async move {
+            let serve = is_serve(&request);
+            let limit = if serve { (layer.limit)() } else { LIGHT_MAX };
+            let (mut parts, body) = request.into_parts();
+            match receive(body, layer.budget.reserve(), limit, serve).await {
+                Ok((message, reservation)) => {
+                    let reservation = Arc::new(Mutex::new(Some(reservation)));
+                    parts.extensions.insert(Received(reservation));
+                    inner.call(http::Request::from_parts(parts, Body::new(message))).await
+                }
+                Err(status) => Ok(status.into_http()),
+            }
+        })
+    }
+}
+
+async fn receive(
+    mut body: Body,
+    mut reservation: Reservation,
+    limit: u64,
+    serve: bool,
+) -> Result<(Message, Reservation), Status> {
+    let begun = Instant::now();
+    let mut message = Message::default();
+    loop {
+        let earned = Duration::from_secs(message.length / RATE_MIN);
+        let give_up = (Instant::now() + STALL_MAX).min(begun + STALL_MAX + earned);
+        let frame = match timeout_at(give_up, body.frame()).await {
+            Err(_) => return Err(Status::deadline_exceeded("the request stopped arriving")),
+            Ok(None) => break,
+            Ok(Some(frame)) => frame?,
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        if !reservation.grow(data.len() as u64) {
+            return Err(over_budget());
+        }
+        message.push(data);
+        let announced = message.announced().unwrap_or(0);
+        if announced.max(message.length.saturating_sub(PREFIX as u64)) > limit {
+            return Err(too_large(announced, limit));
+        }
+    }
+    message.flush();
+    if serve && message.light() > LIGHT_MAX {
+        let most = LIGHT_MAX >> 20;
+        let text = format!("a request without its binary and input may have {most} MiB");
+        return Err(overload(Status::resource_exhausted(text), None));
+    }
+    Ok((message, reservation))
+}
+
+fn over_budget() -> Status {
+    let text = "too many request bytes are being received; try again in a moment";
+    overload(Status::resource_exhausted(text), Some(RETRY_AFTER_MS))
+}
+
+fn too_large(length: u64, limit: u64) -> Status {
+    let text = format!("a message of {length} bytes is too large; at most {limit} are taken");
+    overload(Status::resource_exhausted(text), None)
+}
+
+/// Tells proxies and dashboards the same as they find on replies.
+fn overload(status: Status, retry_after_ms: Option<u64>) -> Status {
+    let mut metadata = MetadataMap::new();
+    let entries = [
+        ("dispatcher-code", "RESOURCE_EXHAUSTED"),
+        ("dispatcher-verdict", "REFUSED"),
+        ("dispatcher-reason", "inflight_bytes"),
+    ];
+    for (key, value) in entries {
+        metadata.insert(key, tonic::metadata::MetadataValue::from_static(value));
+    }
+    if let Some(milliseconds) = retry_after_ms {
+        metadata.insert("grpc-retry-pushback-ms", milliseconds.into());
+    }
+    Status::with_metadata(status.code(), status.message(), metadata)
+}
+
+/// A message as it came, in pieces.
+#[derive(Debug, Default)]
+struct Message {
+    pieces: VecDeque<Bytes>,
+    /// Small frames, to become one piece.
+    small: BytesMut,
+    prefix: [u8; PREFIX],
+    length: u64,
+}
+
+impl Message {
+    fn push(&mut self, data: Bytes) {
+        let seen = usize::try_from(self.length).unwrap_or(PREFIX).min(PREFIX);
+        for (place, byte) in self.prefix[seen..].iter_mut().zip(&data) {
+            *place = *byte;
+        }
+        self.length += data.len() as u64;
+        if data.len() < FRAME_SMALL {
+            self.small.extend_from_slice(&data);
+        } else {
+            self.flush();
+            self.pieces.push_back(data);
+        }
+    }
+
+    fn flush(&mut self) {
+        if !self.small.is_empty() {
+            self.pieces.push_back(self.small.split().freeze());
+        }
+    }
+
+    /// The length that the prefix announces, once it is there.
+    fn announced(&self) -> Option<u64> {
+        let [_, a, b, c, d] = self.prefix;
+        (self.length >= PREFIX as u64).then(|| u64::from(u32::from_be_bytes([a, b, c, d])))
+    }
+
+    fn light(&self) -> u64 {
+        let mut pieces = Pieces { pieces: self.pieces.clone(), length: self.length };
+        pieces.advance(PREFIX.min(pieces.remaining()));
+        light_bytes(pieces)
+    }
+}
+
+impl http_body::Body for Message {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        Poll::Ready(self.pieces.pop_front().map(|piece| Ok(http_body::Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.pieces.is_empty()
+    }
+}
+
+/// Pieces read as one buffer.
+struct Pieces {
+    pieces: VecDeque<Bytes>,
+    length: u64,
+}
+
+impl Buf for Pieces {
+    fn remaining(&self) -> usize {
+        usize::try_from(self.length).unwrap_or(usize::MAX)
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.pieces.front().map_or(&[], |piece| &piece[..])
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        self.length -= count as u64;
+        while count > 0 {
+            let Some(first) = self.pieces.front_mut() else { return };
+            let step = count.min(first.len());
+            first.advance(step);
+            count -= step;
+            if first.is_empty() {
+                self.pieces.pop_front();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::StreamBody;
+    use tokio::sync::mpsc;
+    use tokio_stream::wrappers::ReceiverStream;
+
+    type Sender = mpsc::Sender<Result<http_body::Frame<Bytes>, Status>>;
+
+    fn body() -> (Sender, Body) {
+        let (sender, receiver) = mpsc::channel(8);
+        (sender, Body::new(StreamBody::new(ReceiverStream::new(receiver))))
+    }
+
+    async fn send(sender: &Sender, data: impl Into<Bytes>) {
+        sender.send(Ok(http_body::Frame::data(data.into()))).await.unwrap();
+    }
+
+    fn message(length: usize) -> Vec<u8> {
+        // Field 6, the binary.
+        let mut content = vec![0x32];
+        prost::encode_length_delimiter(length, &mut content).unwrap();
+        content.extend(std::iter::repeat_n(7, length));
+        let mut bytes = vec![0];
+        bytes.extend(u32::try_from(content.len()).unwrap().to_be_bytes());
+        bytes.extend(content);
+        bytes
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_comes_through_as_it_was_in_whatever_pieces() {
+        let whole = message(20_000);
+        for size in [1, 3, 5000, 30_000] {
+            let budget = ByteBudget::new(1 << 20);
+            let (sender, body) = body();
+            let pieces = whole.clone();
+            let feed = async move {
+                for piece in pieces.chunks(size) {
+                    send(&sender, piece.to_vec()).await;
+                }
+            };
+            let (received, ()) = tokio::join!(receive(body, budget.reserve(), 1 << 20, true), feed);
+            let (received, reservation) = received.unwrap();
+            assert_eq!(budget.used(), whole.len() as u64);
+            let back = Body::new(received).collect().await.unwrap().to_bytes();
+            assert_eq!(back, whole);
+            drop(reservation);
+            assert_eq!(budget.used(), 0);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_message_is_given_up_and_its_memory_given_back() {
+        let budget = ByteBudget::new(1 << 20);
+        let (sender, body) = body();
+        send(&sender, message(1000)[..500].to_vec()).await;
+        let begun = Instant::now();
+        let status = receive(body, budget.reserve(), 1 << 20, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(begun.elapsed(), STALL_MAX);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dribbling_is_no_progress() {
+        let (sender, body) = body();
+        let begun = Instant::now();
+        tokio::spawn(async move {
+            loop {
+                send(&sender, vec![0; 1]).await;
+                tokio::time::sleep(Duration::from_secs(20)).await;
+            }
+        });
+        let reservation = ByteBudget::new(1 << 20).reserve();
+        let status = receive(body, reservation, 1 << 20, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(begun.elapsed(), STALL_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn too_much_is_refused_by_its_prefix_and_by_what_comes() {
+        let (sender, first) = body();
+        send(&sender, message(1000)[..6].to_vec()).await;
+        let reservation = ByteBudget::new(1 << 20).reserve();
+        let status = receive(first, reservation, 999, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+
+        let (sender, second) = body();
+        send(&sender, message(10)).await;
+        send(&sender, vec![0; 1000]).await;
+        let reservation = ByteBudget::new(1 << 20).reserve();
+        let status = receive(second, reservation, 999, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+
+        let (sender, third) = body();
+        send(&sender, message(1000)).await;
+        let budget = ByteBudget::new(500);
+        let status = receive(third, budget.reserve(), 1 << 20, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        let metadata = status.metadata();
+        assert_eq!(metadata.get("grpc-retry-pushback-ms").unwrap(), "1000");
+        assert_eq!(metadata.get("dispatcher-reason").unwrap(), "inflight_bytes");
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_would_decode_to_a_multiple_is_refused() {
+        let arguments = crate::wire::ExecutionOptions {
+            args: vec![String::new(); 600_000],
+            ..Default::default()
+        };
+        let request = crate::wire::ServeRequest { options: Some(arguments), ..Default::default() };
+        let content = prost::Message::encode_to_vec(&request);
+        let mut bytes = vec![0];
+        bytes.extend(u32::try_from(content.len()).unwrap().to_be_bytes());
+        bytes.extend(content);
+        let (sender, body) = body();
+        send(&sender, bytes).await;
+        drop(sender);
+        let reservation = ByteBudget::new(1 << 30).reserve();
+        let status = receive(body, reservation, 1 << 30, true).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+    }
+}
