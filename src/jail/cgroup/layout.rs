@@ -178,7 +178,7 @@ fn unescape(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn legacy<'a>(layout: &'a Layout, controller: Controller) -> &'a Mount {
+    fn legacy(layout: &Layout, controller: Controller) -> &Mount {
         &layout.legacy.iter().find(|l| l.controllers.contains(&controller)).unwrap().mount
     }
 

@@ -85,6 +85,7 @@ pub(super) fn unified(
             refused = mend::unified_not_writable(&candidate, &error);
             continue;
         }
+        place.adopt_leaf(mount.own.as_deref(), wanted);
         if place.enable_all(wanted, own_pids) {
             return Ok(place);
         }
@@ -193,17 +194,18 @@ impl Place {
         files::make_path(&self.top, parent, &mut self.made)
     }
 
+    /// Where we sit in a leaf that an earlier launcher of this dispatcher made,
+    /// it is ours to clear away, with the controllers that it was made for.
+    fn adopt_leaf(&mut self, own: Option<&Path>, wanted: &[Controller]) {
+        let leaf = own.filter(|own| own.file_name().is_some_and(|name| name == SUPERVISOR));
+        let Some((leaf, above)) = leaf.and_then(|leaf| Some((leaf, leaf.parent()?))) else { return };
+        let on = |c: &&Controller| v2::lists(above, "cgroup.subtree_control", c.name());
+        self.enabled.extend(wanted.iter().filter(on).map(|c| (above.to_owned(), *c)));
+        self.supervisor = Some(leaf.to_owned());
+    }
+
     /// Enables what can be; `false` where strangers prevent it.
     fn enable_all(&mut self, wanted: &[Controller], own_pids: &[Pid]) -> bool {
-        let leaf = self.parent.join(SUPERVISOR);
-        if leaf.is_dir() {
-            // Left by an earlier launcher of this dispatcher, with what it enabled.
-            let on = |c: &&Controller| v2::lists(&self.parent, "cgroup.subtree_control", c.name());
-            let enabled: Vec<_> =
-                wanted.iter().filter(on).map(|c| (self.parent.clone(), *c)).collect();
-            self.enabled.extend(enabled);
-            self.supervisor = Some(leaf);
-        }
         let mut free = true;
         for controller in wanted {
             match self.enable(&self.parent.clone(), *controller, own_pids) {
@@ -233,18 +235,11 @@ impl Place {
             let above = directory.parent().filter(|_| directory != self.top);
             self.enable(above.ok_or(Refused::Absent)?, controller, own_pids)?;
         }
-        if directory == self.parent && !v2::is_true_root(directory) {
+        if !v2::is_true_root(directory) {
             self.make_room(directory, own_pids)?;
         }
-        let denied = |error| Refused::Denied { directory: directory.to_owned(), error };
-        files::write(directory, "cgroup.subtree_control", &format!("+{name}")).map_err(
-            |error| match files::processes(directory) {
-                Ok(strangers) if !strangers.is_empty() && !v2::is_true_root(directory) => {
-                    Refused::Occupied { directory: directory.to_owned(), strangers }
-                }
-                _ => denied(error),
-            },
-        )?;
+        files::write(directory, "cgroup.subtree_control", &format!("+{name}"))
+            .map_err(|error| Refused::Denied { directory: directory.to_owned(), error })?;
         self.enabled.push((directory.to_owned(), controller));
         Ok(())
     }
@@ -291,7 +286,8 @@ impl Place {
         if let Some(leaf) = self.supervisor.take() {
             for _ in 0..MOVES_MAX {
                 let present = files::processes(&leaf).unwrap_or_default();
-                if present.is_empty() || move_all(&present, &self.parent).is_err() {
+                let above = leaf.parent().unwrap_or(&self.top);
+                if present.is_empty() || move_all(&present, above).is_err() {
                     break;
                 }
             }
