@@ -317,6 +317,22 @@ static void forge_ending(void)
 	exit(7);
 }
 
+/* The forbidden call is made two forks and a session away; the first process ends well. */
+static void deadly_grandchild(void)
+{
+	if (fork() == 0) {
+		setsid();
+		if (fork() == 0) {
+			syscall(SYS_unshare, 0x10000000);
+			_exit(0);
+		}
+		wait(NULL);
+		_exit(0);
+	}
+	wait(NULL);
+	works();
+}
+
 /* Every other process in sight, by the listing of /proc and by signal 0. */
 static void see_others(void)
 {
@@ -381,6 +397,8 @@ int main(int argc, char **argv)
 		write_to(text);
 	if (IS("forge"))
 		forge_ending();
+	if (IS("deadly-grandchild"))
+		deadly_grandchild();
 	if (IS("see-others"))
 		see_others();
 	misuse("no such attack: %s", attack);

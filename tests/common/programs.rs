@@ -1,0 +1,116 @@
+//! The programs of `tests/programs`, compiled on demand.
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    sync::{Mutex, OnceLock},
+};
+
+use bytes::Bytes;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::Facts;
+
+/// Every program: its name, its source and how it is linked.
+const PROGRAMS: [(&str, &str, &[&str]); 7] = [
+    ("act", "act.c", &["-static"]),
+    ("echo", "echo.c", &["-static"]),
+    ("syscall", "syscall.c", &["-static"]),
+    ("facts", "facts.c", &["-static"]),
+    ("hog", "hog.c", &["-static"]),
+    ("attack", "attack.c", &["-static"]),
+    // Needs a loader and libc from the root it runs in.
+    ("act-dynamic", "act.c", &[]),
+];
+
+/// Where the compiled program is.
+pub fn path(name: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let path = BUILT.get_or_init(prepare).join(name);
+    assert!(path.exists(), "no test program {name} at {}", path.display());
+    path
+}
+
+/// The compiled program's content, read once.
+pub fn bytes(name: &str) -> Bytes {
+    static CACHE: OnceLock<Mutex<HashMap<String, Bytes>>> = OnceLock::new();
+    let mut cache = CACHE.get_or_init(Mutex::default).lock().unwrap();
+    let read = || fs::read(path(name)).unwrap().into();
+    cache.entry(name.to_owned()).or_insert_with(read).clone()
+}
+
+/// Runs a program as the test itself, with no jail around it, in a fresh directory.
+pub fn outside(name: &str, args: &[&str]) -> Outside {
+    let directory = tempfile::tempdir().unwrap();
+    outside_in(directory.path(), name, args)
+}
+
+/// [`outside`] with a working directory that stays.
+pub fn outside_in(directory: &Path, name: &str, args: &[&str]) -> Outside {
+    let mut command = Command::new(path(name));
+    command.args(args).current_dir(directory).stdin(Stdio::null());
+    Outside(command.output().unwrap())
+}
+
+/// How a program fared outside.
+#[derive(Debug)]
+pub struct Outside(pub Output);
+
+impl Outside {
+    pub fn facts(&self) -> Facts {
+        Facts::parse(&String::from_utf8_lossy(&self.0.stdout))
+    }
+
+    pub fn code(&self) -> Option<i32> {
+        self.0.status.code()
+    }
+
+    pub fn signal(&self) -> Option<i32> {
+        self.0.status.signal()
+    }
+}
+
+fn prepare() -> PathBuf {
+    if let Some(directory) = env::var_os("DISPATCHER_TEST_PROGRAMS") {
+        return directory.into();
+    }
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("test-programs");
+    fs::create_dir_all(&target).unwrap();
+    // Test binaries of one `cargo test` may come here at once.
+    let file = fs::File::create(target.join(".lock")).unwrap();
+    let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
+    for (name, source, flags) in PROGRAMS {
+        build(&target, name, source, flags);
+    }
+    target
+}
+
+fn build(target: &Path, name: &str, source: &str, flags: &[&str]) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs");
+    let (source, header, output) =
+        (sources.join(source), sources.join("probe.h"), target.join(name));
+    let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
+    let fresh = modified(&output).is_ok_and(|built| {
+        built > modified(&source).unwrap() && built > modified(&header).unwrap()
+    });
+    if fresh {
+        return;
+    }
+    let unfinished = target.join(format!("{name}.new"));
+    let compiled = Command::new("gcc")
+        .args(["-O1", "-Wall", "-Wextra", "-Werror"])
+        .args(flags)
+        .arg("-o")
+        .args([&unfinished, &source])
+        .output()
+        .expect("gcc is needed to build the test programs (or set DISPATCHER_TEST_PROGRAMS)");
+    assert!(
+        compiled.status.success(),
+        "cannot build {name}: {}",
+        String::from_utf8_lossy(&compiled.stderr)
+    );
+    fs::rename(unfinished, output).unwrap();
+}

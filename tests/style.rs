@@ -1,0 +1,2 @@
+//! compile check
+mod common;
