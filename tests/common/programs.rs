@@ -3,9 +3,9 @@
 use std::{
     collections::HashMap,
     env, fs,
-    os::unix::process::ExitStatusExt as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{Mutex, OnceLock},
 };
 
@@ -51,8 +51,27 @@ pub fn outside(name: &str, args: &[&str]) -> Outside {
 /// [`outside`] with a working directory that stays.
 pub fn outside_in(directory: &Path, name: &str, args: &[&str]) -> Outside {
     let mut command = Command::new(path(name));
-    command.args(args).current_dir(directory).stdin(Stdio::null());
+    // In a process group of its own: some programs signal all of theirs.
+    command.args(args).current_dir(directory).stdin(Stdio::null()).process_group(0);
     Outside(command.output().unwrap())
+}
+
+/// Starts a program outside in the background; it is killed when dropped.
+pub fn background(path: &Path, args: &[&str]) -> Background {
+    let mut command = Command::new(path);
+    command.args(args).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Background(command.spawn().unwrap())
+}
+
+/// See [`background`].
+pub struct Background(pub Child);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// How a program fared outside.

@@ -242,10 +242,11 @@ static void kill_victim(pid_t victim)
 	for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
 		delivered += kill(victim, signals[i]) == 0;
 	sleep_ms(50);
-	if (victim != 1)
-		judge(delivered && kill(victim, 0) < 0 ? 0 : -1);
-	/* Still here after all of that: init is too, or we would have died with it. */
-	refused(delivered ? "ignored" : "EPERM");
+	if (!delivered)
+		refused(error_name());
+	if (victim == 1) /* we are still here, so init is, or we would have died with it */
+		refused("ignored");
+	works();
 }
 
 /* Types a command into the controlling terminal; the second form hides the
