@@ -1,0 +1,367 @@
+//! What a call that ran is answered with, in each mode: verdict, report, output,
+//! and how the program is given its call.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    sync::OnceLock,
+    time::{Duration, SystemTime},
+};
+
+use common::{
+    Call, Dispatcher, Facts, Reply,
+    client::to_duration,
+    dispatcher::{best_effort, plain},
+    host, programs, rootless, scaled_ms, shared, token, wait_until,
+};
+use dispatcher::{
+    names::Digest,
+    wire::{ExecutionMode, OutputFormat, Verdict, status::Code},
+};
+use prost::Message as _;
+use prost_types::Any;
+
+const MODES: [(&str, ExecutionMode); 2] =
+    [("jail", ExecutionMode::Jail), ("direct", ExecutionMode::Direct)];
+
+fn dispatcher() -> &'static Dispatcher {
+    static SERVER: OnceLock<Dispatcher> = OnceLock::new();
+    shared(&SERVER, || {
+        let mut policies = vec![];
+        for (mode, _) in MODES {
+            let head = plain(&format!("mode = \"{mode}\"\n"));
+            policies.extend([
+                (
+                    mode.to_owned(),
+                    format!(
+                        "{head}[limits]\nmemory = \"96MiB\"\noutput = \"64KiB\"\nstderr = \"1KiB\"\n\
+                         [environment]\nallow = [\"EXTRA\"]\n"
+                    ),
+                ),
+                (format!("{mode}-collector"), format!("mode = \"{mode}\"\n{}", best_effort())),
+                (
+                    format!("{mode}-quick"),
+                    format!("{head}[limits]\ntimeout = \"{}ms\"\n", scaled_ms(300)),
+                ),
+                (format!("{mode}-cpu"), format!("{head}[limits]\ncpu_time = \"400ms\"\n")),
+            ]);
+        }
+        Dispatcher::start(policies)
+    })
+}
+
+#[test]
+fn verdicts_of_programs_that_end_by_themselves() {
+    for (mode, _) in MODES {
+        let run = |args: &[&str]| dispatcher().run(mode, "act", args);
+        let reply = run(&["print", "fine"]).ok();
+        assert_eq!((reply.report.exit_code, reply.report.signal), (0, 0));
+        assert_eq!(reply.text(), "fine");
+
+        let reply = run(&["print", "so far", "exit", "3"]);
+        let reply = reply.expect(Code::Unknown, Verdict::Exited, "exit_nonzero");
+        assert_eq!((reply.report.exit_code, reply.detail("exit_code")), (3, "3"), "{mode}");
+        assert_eq!(reply.text(), "so far", "{mode}: output whatever the verdict");
+
+        for signal in [libc::SIGTERM, libc::SIGSEGV, libc::SIGKILL, libc::SIGABRT] {
+            let reply = run(&["print", "so far", "raise", &signal.to_string()]);
+            let reply = reply.expect(Code::Unknown, Verdict::Signalled, "signalled");
+            assert_eq!(reply.report.signal, signal, "{mode}");
+            assert_eq!(reply.detail("signal"), signal.to_string(), "{mode}");
+            assert_eq!(reply.text(), "so far", "{mode}");
+        }
+    }
+}
+
+#[test]
+fn verdicts_of_programs_that_were_ended() {
+    for (mode, _) in MODES {
+        let quick = format!("{mode}-quick");
+        let reply = dispatcher().run(&quick, "act", &["print", "so far", "forever"]);
+        let reply = reply.expect(Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
+        assert_eq!(reply.text(), "so far", "{mode}");
+
+        let reply = dispatcher().run(&format!("{mode}-cpu"), "hog", &["cpu", "2", "60000"]);
+        reply.expect(Code::ResourceExhausted, Verdict::CpuTimeExceeded, "cpu_time");
+
+        let reply = dispatcher().run(mode, "hog", &["mmap", "200m"]);
+        reply.expect(Code::ResourceExhausted, Verdict::OutOfMemory, "out_of_memory");
+        // A child's, while the first process goes on and ends well.
+        let reply = dispatcher().run(mode, "hog", &["child-memory", "200m"]);
+        reply.expect(Code::ResourceExhausted, Verdict::OutOfMemory, "out_of_memory");
+
+        let reply = dispatcher().run(mode, "hog", &["stdout", "1m"]);
+        let reply = reply.expect(Code::ResourceExhausted, Verdict::OutputExceeded, "output");
+        assert!(reply.report.stdout_truncated, "{mode}");
+        assert_eq!(reply.stdout(), vec![b'x'; 64 << 10], "{mode}: all that the limit gives");
+    }
+    dispatcher().run("jail", "syscall", &["native", &libc::SYS_unshare.to_string(), "0"]).denied("unshare");
+}
+
+#[test]
+fn exactly_the_limit_of_output_is_fine() {
+    for (mode, _) in MODES {
+        let reply = dispatcher().run(mode, "hog", &["stdout", "64k"]).ok();
+        assert_eq!(reply.stdout().len(), 64 << 10, "{mode}");
+        assert!(!reply.report.stdout_truncated, "{mode}");
+    }
+}
+
+#[test]
+fn of_stderr_the_tail_is_kept() {
+    for (mode, _) in MODES {
+        let reply = dispatcher().run(mode, "hog", &["stderr", "4m"]).ok();
+        assert_eq!(reply.report.stderr, vec![b'x'; 1 << 10], "{mode}");
+        assert!(reply.report.stderr_truncated, "{mode}");
+        let reply = dispatcher().run(mode, "act", &["err", "first", "err", "last"]).ok();
+        assert_eq!(reply.stderr(), "firstlast");
+        assert!(!reply.report.stderr_truncated, "{mode}");
+    }
+}
+
+#[test]
+fn a_caller_that_goes_away_ends_its_run() {
+    for (mode, _) in MODES {
+        let name = token();
+        let running = dispatcher().begin(Call::new(mode, "act").args(&["name", &name, "forever"]));
+        wait_until("running", Duration::from_secs(10), || !host::named(&name).is_empty());
+        running.cancel();
+        wait_until("ended", Duration::from_secs(5), || host::named(&name).is_empty());
+    }
+    wait_until("both are on record as cancelled", Duration::from_secs(5), || {
+        dispatcher().log().to_lowercase().matches("cancelled").count() >= 2
+    });
+}
+
+/// The program's end is the call's end, for the RPC's own deadline too: a little
+/// earlier, so that the report arrives.
+#[test]
+fn the_rpc_deadline_is_a_timeout_with_a_report() {
+    for (mode, _) in MODES {
+        let deadline = Duration::from_millis(scaled_ms(1000));
+        let call = Call::new(mode, "act").args(&["print", "so far", "forever"]);
+        let reply = dispatcher().call(call.rpc_deadline(deadline));
+        let reply = reply.expect(Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
+        assert!(reply.elapsed < deadline, "{mode}: {:?}", reply.elapsed);
+        assert!(reply.wall() > deadline.mul_f64(0.6), "{mode}: {:?}", reply.wall());
+        assert_eq!(reply.text(), "so far");
+    }
+}
+
+#[test]
+fn the_report_is_complete() {
+    for (mode, number) in MODES {
+        let before = SystemTime::now();
+        let call = Call::new(mode, "act").args(&["sleep", "50"]).context("colour", "blue");
+        let reply = dispatcher().call(call.context("timeout", "20s")).ok();
+        let report = &reply.report;
+
+        assert_eq!(report.mode(), number);
+        assert_eq!(report.artifact_digest, Digest::of(&programs::bytes("act")).to_string());
+        assert_eq!(report.policy, mode);
+        for digest in [&report.policy_digest, &report.policy_set_digest] {
+            assert!(digest.parse::<Digest>().is_ok(), "{digest}");
+        }
+        assert_eq!(reply.executor, "test-host");
+        assert!(report.dispatcher_version.starts_with(env!("CARGO_PKG_VERSION")));
+        assert_eq!(report.ignored_context, ["colour"]);
+        assert_eq!(report.run_id.len(), 32, "{}", report.run_id);
+        assert!(!report.warm);
+
+        let start = report.start_time.as_ref().unwrap();
+        let start = SystemTime::UNIX_EPOCH + Duration::new(start.seconds as u64, start.nanos as u32);
+        assert!(before <= start && start <= SystemTime::now(), "{start:?}");
+        let (queue, setup) =
+            (to_duration(report.queue_time.as_ref()), to_duration(report.setup_time.as_ref()));
+        assert!(reply.wall() >= Duration::from_millis(50), "{:?}", reply.wall());
+        assert!(queue + setup + reply.wall() <= reply.elapsed, "parts of the whole: {report:?}");
+        assert!(setup > Duration::ZERO, "{setup:?}");
+
+        for word in ["ns.pid", "no_new_privs", "rlimits", "cgroup.memory", "cgroup.pids", "timeout"] {
+            assert!(report.enforced.iter().any(|e| e == word), "{mode}: {word} in {:?}", report.enforced);
+        }
+    }
+}
+
+#[test]
+fn trailers_say_what_the_reply_says() {
+    let check = |reply: &Reply| {
+        let trailer = |name: &str| reply.trailers.get(name).map_or("", String::as_str);
+        assert_eq!(trailer("dispatcher-code"), reply.code.as_str_name(), "{:?}", reply.trailers);
+        let verdict = reply.verdict.as_str_name();
+        assert_eq!(trailer("dispatcher-verdict"), verdict.trim_start_matches("VERDICT_"));
+        assert_eq!(trailer("dispatcher-reason"), reply.reason());
+        assert_eq!(trailer("dispatcher-run-id"), reply.report.run_id);
+    };
+    check(&dispatcher().run("jail", "act", &[]));
+    check(&dispatcher().run("direct", "act", &["exit", "1"]));
+    check(&dispatcher().run("jail-quick", "act", &["forever"]));
+    check(&dispatcher().run("nowhere", "act", &[]));
+    check(&dispatcher().call(Call::new("jail", "act").with(|request| request.method_name.clear())));
+}
+
+/// CPU time and memory are the whole tree's, children that were waited for or not.
+#[test]
+fn usage_is_the_whole_trees() {
+    for (mode, _) in MODES {
+        let reply = dispatcher().run(mode, "hog", &["cpu", "3", "200"]).ok();
+        let cpu = reply.cpu();
+        assert!(cpu >= Duration::from_millis(580), "{mode}: {cpu:?}");
+        assert!(cpu <= Duration::from_millis(600 + scaled_ms(300)), "{mode}: {cpu:?}");
+        assert_eq!(reply.report.pids_peak, 4, "{mode}: three children and the first");
+
+        let reply = dispatcher().run(mode, "hog", &["mmap", "32m"]).ok();
+        let peak = reply.report.memory_peak_bytes >> 20;
+        assert!((32..48).contains(&peak), "{mode}: {peak} MiB");
+        // What one run used does not stick to the next.
+        let reply = dispatcher().run(mode, "act", &[]).ok();
+        let peak = reply.report.memory_peak_bytes >> 20;
+        assert!(peak < 8, "{mode}: {peak} MiB for a program that does nothing");
+        assert!(reply.cpu() < Duration::from_millis(scaled_ms(100)), "{mode}: {:?}", reply.cpu());
+    }
+}
+
+#[test]
+fn argv_and_environment_are_collectors() {
+    for (mode, _) in MODES {
+        let namespace = format!("{mode}-collector");
+        let call = Call::new(&namespace, "echo").method("greeter", "SayHello");
+        let reply = dispatcher().call(call.args(&["--loud", "two words", ""])).ok();
+        let facts = reply.facts();
+        let expected = ["service", &namespace, "greeter", "SayHello", "--loud", "two words", ""];
+        assert_eq!(facts.all("argv"), expected, "{mode}");
+        let entries = facts.set("env");
+        for (name, value) in [
+            ("DISPATCHER_NAMESPACE", namespace.as_str()),
+            ("DISPATCHER_SERVICE", "greeter"),
+            ("DISPATCHER_METHOD", "SayHello"),
+            ("GRPC_INPUT_DATA", "{}"),
+            ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+            ("HOME", "/tmp"),
+            ("TMPDIR", "/tmp"),
+            ("LANG", "C.UTF-8"),
+        ] {
+            assert!(entries.contains(format!("{name}={value}").as_str()), "{mode} {name}: {entries:?}");
+        }
+        let names: BTreeSet<_> = entries.iter().map(|entry| entry.split('=').next().unwrap()).collect();
+        assert!(names.len() <= 9, "{mode}: nothing of the host's: {names:?}");
+        assert_eq!(facts.one("stdin"), "");
+
+        let reply = dispatcher().call(Call::new(mode, "echo").args(&["x"]).env("EXTRA", "a=b\nc")).ok();
+        assert_eq!(reply.facts().all("argv"), ["service", "x"], "{mode}: plain");
+        assert!(reply.text().contains("env=EXTRA=a=b\nc\n"), "{mode}: {}", reply.text());
+    }
+}
+
+/// The environment as the program has it, one variable.
+fn variable(facts: &Facts, name: &str) -> Option<String> {
+    let prefix = format!("{name}=");
+    facts.all("env").iter().find_map(|entry| entry.strip_prefix(&prefix)).map(str::to_owned)
+}
+
+#[test]
+fn input_arrives_as_bytes_and_as_json() {
+    let text_type = "type.googleapis.com/google.protobuf.StringValue";
+    let text = "grüße".to_owned().encode_to_vec();
+    let cases = [
+        (text_type, text.clone(), serde_json::json!({ "@type": text_type, "value": "grüße" })),
+        // Not of its type: given all the same.
+        (text_type, b"\xff\xff".to_vec(), serde_json::json!({ "@type": text_type, "@value": "//8=" })),
+        ("example.com/unknown.Type", vec![1, 2], serde_json::json!({ "@type": "example.com/unknown.Type", "@value": "AQI=" })),
+    ];
+    for (mode, _) in MODES {
+        for (type_url, value, json) in &cases {
+            let by_any = Call::new(mode, "echo").any(type_url, value.clone());
+            let by_options = Call::new(mode, "echo").input(value.clone());
+            let by_options = by_options.option(|options| options.input_type = (*type_url).into());
+            for call in [by_any, by_options] {
+                let facts = dispatcher().call(call).ok().facts();
+                let hex: String = value.iter().map(|byte| format!("{byte:02x}")).collect();
+                assert_eq!(facts.one("stdin"), hex, "{mode} {type_url}");
+                assert_eq!(facts.one("stdin.end"), "ok");
+                assert_eq!(variable(&facts, "DISPATCHER_INPUT_TYPE").as_deref(), Some(*type_url));
+                let data = variable(&facts, "GRPC_INPUT_DATA").unwrap();
+                assert_eq!(&serde_json::from_str::<serde_json::Value>(&data).unwrap(), json, "{mode}");
+            }
+        }
+        // Too large for an environment: on stdin only.
+        let large = "x".repeat(120 << 10).encode_to_vec();
+        let call = Call::new(&format!("{mode}-collector"), "echo").any(text_type, large.clone());
+        let facts = dispatcher().call(call).ok().facts();
+        assert_eq!(facts.one("stdin").len(), 2 * large.len(), "{mode}");
+        assert_eq!(variable(&facts, "GRPC_INPUT_DATA"), None, "{mode}");
+    }
+}
+
+#[test]
+fn output_comes_in_the_format_asked_for() {
+    let bytes_type = "type.googleapis.com/google.protobuf.BytesValue";
+    let status_type = "type.googleapis.com/collector.Status";
+    for (mode, _) in MODES {
+        let run = |format, args: &[&str]| {
+            dispatcher().call(Call::new(mode, "act").args(args).output(format))
+        };
+        let type_of = |reply: &Reply| reply.output.as_ref().unwrap().type_url.clone();
+
+        let reply = run(OutputFormat::Status, &["print", "text"]).ok();
+        assert_eq!((type_of(&reply).as_str(), reply.text().as_str()), (status_type, "text"));
+        let reply = run(OutputFormat::Status, &["hex", "ff00"]).ok();
+        assert_eq!((type_of(&reply).as_str(), reply.stdout()), (bytes_type, vec![0xff, 0]));
+        let reply = run(OutputFormat::Bytes, &["print", "text"]).ok();
+        assert_eq!((type_of(&reply).as_str(), reply.text().as_str()), (bytes_type, "text"));
+
+        let any = Any { type_url: "example.com/some.Type".into(), value: vec![1, 2, 3] };
+        let hex: String = any.encode_to_vec().iter().map(|byte| format!("{byte:02x}")).collect();
+        let reply = run(OutputFormat::Any, &["hex", &hex]).ok();
+        assert_eq!(reply.output.unwrap(), any, "{mode}");
+        let reply = run(OutputFormat::Any, &["print", "not an Any"]);
+        let reply = reply.expect(Code::DataLoss, Verdict::Exited, "bad_output");
+        assert_eq!((type_of(&reply).as_str(), reply.text().as_str()), (bytes_type, "not an Any"));
+
+        let default = dispatcher().run(&format!("{mode}-collector"), "echo", &[]).ok();
+        assert_eq!(type_of(&default), status_type, "{mode}: Collector's by default");
+    }
+}
+
+#[test]
+fn requests_tighten_by_options_or_context() {
+    let limit = scaled_ms(200);
+    for (mode, number) in MODES {
+        let forever = Call::new(mode, "act").args(&["forever"]);
+        for call in [
+            forever.clone().timeout(Duration::from_millis(limit)),
+            forever.clone().context("timeout", &format!("{limit}ms")),
+            // Options win over the context.
+            forever.clone().context("timeout", "25s").timeout(Duration::from_millis(limit)),
+        ] {
+            let reply = dispatcher().call(call);
+            let reply = reply.expect(Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
+            assert!(reply.wall() < Duration::from_millis(limit * 3), "{mode}: {:?}", reply.wall());
+        }
+        let greedy = Call::new(mode, "hog").args(&["mmap", "32m"]);
+        dispatcher().call(greedy.clone()).ok();
+        for call in [greedy.clone().memory(16 << 20), greedy.context("memory", "16MiB")] {
+            dispatcher().call(call).expect(Code::ResourceExhausted, Verdict::OutOfMemory, "out_of_memory");
+        }
+        let slow = dispatcher().call(Call::new(mode, "act").args(&["burn", "200"]).cpus(0.25)).ok();
+        assert!(slow.wall() >= Duration::from_millis(500), "{mode}: a quarter: {:?}", slow.wall());
+        let named = dispatcher().call(Call::new(mode, "act").mode(number)).ok();
+        assert_eq!(named.report.mode(), number);
+    }
+}
+
+#[test]
+fn direct_mode_runs_as_nobody_in_a_pid_namespace() {
+    let facts = dispatcher().run("direct", "facts", &["identity", "descriptors", "process", "capabilities"]).ok().facts();
+    if !rootless() {
+        assert_ne!(facts.one("uid").split(' ').next(), Some("0"));
+        assert_eq!(facts.all("group").iter().filter(|group| **group == "0").count(), 0);
+    }
+    assert_eq!(facts.all("fd"), ["0", "1", "2"]);
+    assert_eq!(facts.one("ppid"), "1");
+    assert_eq!(facts.one("no_new_privs"), "1");
+    assert_eq!(facts.one("cap.effective"), "0");
+    assert_eq!(facts.one("cap.permitted"), "0");
+    assert_eq!(facts.all("signal.ignored"), [""; 0]);
+}
