@@ -9,7 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Mutex, Once, OnceLock, mpsc},
+    sync::{Arc, Mutex, Once, OnceLock, mpsc},
     thread,
     time::Duration,
 };
@@ -119,39 +119,23 @@ impl Settings {
         self
     }
 
-    /// Starts it and waits until it listens.
+    /// [`Prepared::start`] in a directory of its own.
     pub fn start(self) -> Dispatcher {
-        host::adopt_orphans();
+        self.prepare().start()
+    }
+
+    /// Writes its files.
+    pub fn prepare(self) -> Prepared {
         let directory = tempfile::Builder::new().prefix("dispatcher-test-").tempdir().unwrap();
-        let base = directory.path().to_owned();
+        let base = directory.path();
         for part in ["policies", "state"] {
             fs::create_dir(base.join(part)).unwrap();
         }
         for (name, text) in &self.policies {
             fs::write(base.join(format!("policies/{name}.toml")), text).unwrap();
         }
-        fs::write(base.join("dispatcher.toml"), self.file(&base)).unwrap();
-
-        let mut command = command();
-        command.arg("serve").arg("--config").arg(base.join("dispatcher.toml"));
-        command.args(["--listen", "127.0.0.1:0"]);
-        if self.unix_socket {
-            command.arg("--listen").arg(format!("unix:{}", base.join("socket").display()));
-        }
-        command.args(&self.arguments).envs(self.environment.iter().cloned());
-        let log = File::create(base.join("log")).unwrap();
-        command.current_dir(&base).stdout(Stdio::piped()).stderr(log);
-
-        let mut child = spawn(command);
-        let addresses = listening_lines(&mut child, 1 + usize::from(self.unix_socket), &base);
-        Dispatcher {
-            monitor: Process::read(child.id() as i32).expect("the monitor runs"),
-            state: Mutex::new(State { child, ended: None, seen: HashSet::new(), cgroups: BTreeSet::new() }),
-            addresses,
-            directory: base,
-            channel: OnceLock::new(),
-            keep: Mutex::new(Some(directory)),
-        }
+        fs::write(base.join("dispatcher.toml"), self.file(base)).unwrap();
+        Prepared(Arc::new((self, directory)))
     }
 
     fn file(&self, base: &Path) -> String {
@@ -166,6 +150,44 @@ impl Settings {
             base.join("state"),
             self.tables
         )
+    }
+}
+
+/// A dispatcher's directory, in which it can be started, and started again.
+#[derive(Clone)]
+pub struct Prepared(Arc<(Settings, tempfile::TempDir)>);
+
+impl Prepared {
+    /// Starts it and waits until it listens.
+    pub fn start(&self) -> Dispatcher {
+        host::adopt_orphans();
+        let (settings, base) = (&self.0.0, self.0.1.path());
+        let mut command = command();
+        command.arg("serve").arg("--config").arg(base.join("dispatcher.toml"));
+        command.args(["--listen", "127.0.0.1:0"]);
+        if settings.unix_socket {
+            command.arg("--listen").arg(format!("unix:{}", base.join("socket").display()));
+        }
+        command.args(&settings.arguments).envs(settings.environment.iter().cloned());
+        let log = File::options().create(true).append(true).open(base.join("log")).unwrap();
+        command.current_dir(base).stdout(Stdio::piped()).stderr(log);
+
+        let mut child = spawn(command);
+        let count = 1 + usize::from(settings.unix_socket);
+        let addresses = listening_lines(&mut child, count, base);
+        Dispatcher {
+            monitor: Process::read(child.id() as i32).expect("the monitor runs"),
+            state: Mutex::new(State {
+                child,
+                ended: None,
+                seen: HashSet::new(),
+                cgroups: BTreeSet::new(),
+            }),
+            addresses,
+            directory: base.to_owned(),
+            channel: OnceLock::new(),
+            prepared: Mutex::new(Some(self.clone())),
+        }
     }
 }
 
@@ -225,7 +247,7 @@ pub struct Dispatcher {
     pub directory: PathBuf,
     state: Mutex<State>,
     channel: OnceLock<Channel>,
-    keep: Mutex<Option<tempfile::TempDir>>,
+    prepared: Mutex<Option<Prepared>>,
 }
 
 struct State {
@@ -344,10 +366,13 @@ impl Dispatcher {
             self.assert_no_cgroups();
         }
         self.assert_no_processes(Duration::from_secs(5));
-        let Some(directory) = self.keep.lock().unwrap().take() else { return };
-        let words = [directory.path().to_str().unwrap()];
+        let words = [self.directory.to_str().unwrap()];
         assert_eq!(host::mounts_with(&words), Vec::<String>::new(), "mounts left over");
-        directory.close().expect("its directory can be removed");
+        // The last to go takes the directory along.
+        let prepared = self.prepared.lock().unwrap().take();
+        if let Some((_, directory)) = prepared.and_then(|prepared| Arc::into_inner(prepared.0)) {
+            directory.close().expect("its directory can be removed");
+        }
     }
 
     /// Asserts that within `limit` no process that ever descended from it runs.

@@ -55,6 +55,17 @@ static void child_memory(unsigned long long bytes)
 	fact("child", "%s", WIFSIGNALED(status) ? "killed" : "ended");
 }
 
+/* Reads a file through, which fills the page cache and nothing else. */
+static void read_through(const char *path)
+{
+	unsigned long long total = 0;
+	ssize_t n;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	while ((n = read(fd, block, sizeof block)) > 0)
+		total += n;
+	fact("read", "%llu", total);
+}
+
 static void spread_cpu(int children, unsigned long long milliseconds)
 {
 	for (int i = 0; i < children; i++)
@@ -188,6 +199,11 @@ int main(int argc, char **argv)
 		fill_file("memfd", memfd_create("hog", 0), number(text));
 	else if (is(way, "child-memory"))
 		child_memory(number(text));
+	else if (is(way, "child-memory-then-exit")) {
+		child_memory(number(text));
+		return 9;
+	} else if (is(way, "read"))
+		read_through(text);
 	else if (is(way, "cpu"))
 		spread_cpu((int)number(text), number(argv[3]));
 	else if (is(way, "forks"))
