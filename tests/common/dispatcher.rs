@@ -126,6 +126,12 @@ impl Settings {
 
     /// Writes its files.
     pub fn prepare(self) -> Prepared {
+        let directory = self.written();
+        Prepared(Arc::new((self, directory)))
+    }
+
+    /// A directory with its files.
+    pub fn written(&self) -> tempfile::TempDir {
         let directory = tempfile::Builder::new().prefix("dispatcher-test-").tempdir().unwrap();
         let base = directory.path();
         for part in ["policies", "state"] {
@@ -135,7 +141,7 @@ impl Settings {
             fs::write(base.join(format!("policies/{name}.toml")), text).unwrap();
         }
         fs::write(base.join("dispatcher.toml"), self.file(base)).unwrap();
-        Prepared(Arc::new((self, directory)))
+        directory
     }
 
     fn file(&self, base: &Path) -> String {

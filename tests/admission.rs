@@ -1,0 +1,245 @@
+//! How many calls run at once, how many wait and how long, and who is turned away.
+
+mod common;
+
+use std::{
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use common::{
+    Call, Dispatcher, Reply, Settings,
+    client::to_duration,
+    dispatcher::{Running, plain},
+    host, scaled_ms, shared, token, wait_until,
+};
+use dispatcher::wire::{Verdict, status::Code};
+
+fn dispatcher() -> &'static Dispatcher {
+    static SERVER: OnceLock<Dispatcher> = OnceLock::new();
+    shared(&SERVER, || {
+        let policy = |lines: &str| plain(&format!("[admission]\n{lines}\n"));
+        let brief = format!("concurrency = 1\nqueue = 4\nqueue_timeout = \"{}ms\"", scaled_ms(300));
+        Dispatcher::start([
+            // One policy per test: the tests run at the same time.
+            ("one", policy("concurrency = 1\nqueue = 1\nqueue_timeout = \"1m\"")),
+            ("brief", policy(&brief)),
+            ("deadline", policy("concurrency = 1\nqueue = 4\nqueue_timeout = \"1m\"")),
+            ("none", policy("concurrency = 1\nqueue = 0")),
+            ("leaving", policy("concurrency = 1\nqueue = 1\nqueue_timeout = \"1m\"")),
+            ("order", policy("concurrency = 1\nqueue = 8\nqueue_timeout = \"1m\"")),
+            ("three", policy("concurrency = 3\nqueue = 64\nqueue_timeout = \"1m\"")),
+            ("rate", policy("rate = \"5/s\"")),
+            ("slow-rate", policy("rate = \"1/h\"")),
+            ("free", plain("")),
+        ])
+    })
+}
+
+/// Starts a run that goes on until it is cancelled, and sees it running.
+fn occupy(dispatcher: &Dispatcher, namespace: &str) -> (Running, String) {
+    let name = token();
+    let running = dispatcher.begin(Call::new(namespace, "act").args(&["name", &name, "forever"]));
+    wait_until("the place is taken", Duration::from_secs(10), || !host::named(&name).is_empty());
+    (running, name)
+}
+
+/// Asserts a refusal for overload that says when to come back.
+#[track_caller]
+fn overloaded(reply: Reply, reason: &str) {
+    let reply = reply.refused(Code::ResourceExhausted, reason);
+    let retry: u64 = reply.detail("retry_after_ms").parse().expect("retry_after_ms is a number");
+    assert!(retry > 0, "{}", reply.summary());
+    let pushback = reply.trailers.get("grpc-retry-pushback-ms").expect("the trailer for clients");
+    assert_eq!(pushback, &retry.to_string());
+}
+
+fn queue_time(reply: &Reply) -> Duration {
+    to_duration(reply.report.queue_time.as_ref())
+}
+
+/// Asks until the dispatcher says the queue is full, which proves who stands in it.
+fn wait_for_full_queue(namespace: &str) {
+    wait_until("the queue is full", Duration::from_secs(10), || {
+        let reply = dispatcher().call(
+            // Should it get a place in the queue, it soon leaves it again.
+            Call::new(namespace, "act").rpc_deadline(Duration::from_millis(scaled_ms(50))),
+        );
+        reply.reason() == "queue_full"
+    });
+}
+
+#[test]
+fn a_full_queue_turns_away() {
+    let (first, _) = occupy(dispatcher(), "one");
+    let second = dispatcher().begin(Call::new("one", "act").args(&["print", "second"]));
+    wait_for_full_queue("one");
+    let asked = Instant::now();
+    overloaded(dispatcher().run("one", "act", &[]), "queue_full");
+    assert!(asked.elapsed() < Duration::from_millis(scaled_ms(1000)), "at once: {:?}", asked.elapsed());
+    // Another namespace is not concerned.
+    dispatcher().run("free", "act", &[]).ok();
+
+    first.cancel();
+    let second = second.finish().unwrap().ok();
+    assert_eq!(second.text(), "second");
+    assert!(queue_time(&second) > Duration::ZERO);
+    assert!(second.wall() < second.elapsed, "time in the queue is not time of the run");
+}
+
+#[test]
+fn without_a_queue_nobody_waits() {
+    let (first, _) = occupy(dispatcher(), "none");
+    overloaded(dispatcher().run("none", "act", &[]), "queue_full");
+    first.cancel();
+    wait_until("the place is free again", Duration::from_secs(10), || {
+        dispatcher().run("none", "act", &[]).verdict == Verdict::Exited
+    });
+}
+
+#[test]
+fn waiting_ends() {
+    let (first, _) = occupy(dispatcher(), "brief");
+    let reply = dispatcher().run("brief", "act", &[]);
+    let (limit, waited) = (Duration::from_millis(scaled_ms(300)), reply.elapsed);
+    assert!(waited >= limit && waited < limit * 4, "{waited:?}");
+    overloaded(reply, "queue_timeout");
+    first.cancel();
+}
+
+#[test]
+fn the_rpc_deadline_holds_in_the_queue_too() {
+    let (first, _) = occupy(dispatcher(), "deadline");
+    let deadline = Duration::from_millis(scaled_ms(500));
+    let reply = dispatcher().call(Call::new("deadline", "act").rpc_deadline(deadline));
+    assert!(reply.elapsed < deadline, "the refusal arrives in time: {:?}", reply.elapsed);
+    reply.refused(Code::DeadlineExceeded, "deadline_in_queue");
+    // The policy's own timeout does not run while a call waits.
+    let call = Call::new("deadline", "act").args(&["print", "late"]);
+    let waiting = dispatcher().begin(call.timeout(Duration::from_millis(scaled_ms(200))));
+    std::thread::sleep(Duration::from_millis(scaled_ms(400))); // longer than its timeout: the point
+    first.cancel();
+    assert_eq!(waiting.finish().unwrap().ok().text(), "late");
+}
+
+#[test]
+fn who_leaves_the_queue_frees_the_place() {
+    let (first, _) = occupy(dispatcher(), "leaving");
+    let second = dispatcher().begin(Call::new("leaving", "act"));
+    wait_for_full_queue("leaving");
+    second.cancel();
+    // Who is let in waits until its deadline; who is not is turned away at once.
+    wait_until("the place in the queue is free", Duration::from_secs(10), || {
+        let brief = Call::new("leaving", "act").rpc_deadline(Duration::from_millis(scaled_ms(150)));
+        dispatcher().call(brief).reason() == "deadline_in_queue"
+    });
+    first.cancel();
+}
+
+#[test]
+fn the_queue_keeps_its_order() {
+    let (first, _) = occupy(dispatcher(), "order");
+    let mut waiting = vec![];
+    for index in 0..4 {
+        waiting.push(dispatcher().begin(Call::new("order", "act").args(&["print", &index.to_string()])));
+        // Arrival is what counts; this much apart it is unambiguous.
+        std::thread::sleep(Duration::from_millis(scaled_ms(50)));
+    }
+    first.cancel();
+    let replies: Vec<_> = waiting.into_iter().map(|call| call.finish().unwrap().ok()).collect();
+    let start = |reply: &Reply| {
+        let time = reply.report.start_time.clone().unwrap();
+        (time.seconds, time.nanos)
+    };
+    assert!(replies.is_sorted_by_key(start), "first come, first served");
+}
+
+#[test]
+fn no_more_than_allowed_run_at_once() {
+    let calls: Vec<_> = (0..24)
+        .map(|_| dispatcher().begin(Call::new("three", "act").args(&["sleep", "60"])))
+        .collect();
+    let mut changes = vec![];
+    for call in calls {
+        let reply = call.finish().unwrap().ok();
+        let start = reply.report.start_time.clone().unwrap();
+        let start = Duration::new(start.seconds as u64, start.nanos as u32);
+        changes.push((start, 1));
+        changes.push((start + reply.wall(), -1));
+    }
+    changes.sort();
+    let (mut now, mut most) = (0, 0);
+    for (_, change) in changes {
+        now += change;
+        most = most.max(now);
+    }
+    assert!((2..=3).contains(&most), "{most} at once where 3 may");
+}
+
+#[test]
+fn rates_are_kept() {
+    let started = Instant::now();
+    let (mut begun, mut refused) = (0_u32, 0);
+    while started.elapsed() < Duration::from_secs(2) {
+        let reply = dispatcher().run("rate", "act", &[]);
+        if reply.verdict == Verdict::Exited {
+            begun += 1;
+        } else {
+            overloaded(reply, "rate_exceeded");
+            refused += 1;
+        }
+    }
+    // A burst of one second's worth, and then five in each second.
+    let seconds = started.elapsed().as_secs_f64();
+    assert!(f64::from(begun) <= 5.0 * seconds + 6.0, "{begun} in {seconds} s");
+    assert!(begun >= 5 && refused > 0, "{begun} begun, {refused} refused");
+
+    dispatcher().run("slow-rate", "act", &[]).ok();
+    let reply = dispatcher().run("slow-rate", "act", &[]);
+    assert!(reply.detail("retry_after_ms").parse::<u64>().unwrap() > 1_000_000, "{}", reply.summary());
+    overloaded(reply, "rate_exceeded");
+}
+
+/// The server's own limits, over all namespaces together.
+#[test]
+fn the_host_has_limits_of_its_own() {
+    let policy = plain("[limits]\nmemory = \"48MiB\"\n[admission]\nqueue_timeout = \"1m\"\n");
+    let settings = Settings::new([("a", policy.clone()), ("b", policy), ("huge", plain("[limits]\nmemory = \"4GiB\"\n"))]);
+    let dispatcher = settings.server("concurrency = 2\nmemory = \"100MiB\"\n").start();
+
+    let (first, _) = occupy(&dispatcher, "a");
+    let (second, _) = occupy(&dispatcher, "b");
+    let third = dispatcher.begin(Call::new("a", "act").args(&["print", "third"]));
+    let deadline = Duration::from_millis(scaled_ms(400));
+    let fourth = dispatcher.call(Call::new("b", "act").rpc_deadline(deadline));
+    fourth.refused(Code::DeadlineExceeded, "deadline_in_queue");
+    first.cancel();
+    assert_eq!(third.finish().unwrap().ok().text(), "third");
+    second.cancel();
+
+    // What can never fit is refused, not kept waiting for ever.
+    let reply = dispatcher.run("huge", "act", &[]);
+    assert_eq!(reply.verdict, Verdict::Refused, "{}", reply.summary());
+    assert!(reply.elapsed < Duration::from_secs(15), "{:?}", reply.elapsed);
+    // Asking for less makes it fit.
+    dispatcher.call(Call::new("huge", "act").memory(32 << 20)).ok();
+    dispatcher.stop();
+}
+
+/// The sum of the memory limits is what the budget bounds, not the number of runs.
+#[test]
+fn the_memory_budget_is_kept() {
+    let policy = plain("[limits]\nmemory = \"64MiB\"\n[admission]\nqueue_timeout = \"1m\"\n");
+    let dispatcher = Settings::new([("a", policy)]).server("memory = \"100MiB\"\n").start();
+    let (first, _) = occupy(&dispatcher, "a");
+    let deadline = Duration::from_millis(scaled_ms(400));
+    let second = dispatcher.call(Call::new("a", "act").rpc_deadline(deadline));
+    second.refused(Code::DeadlineExceeded, "deadline_in_queue");
+    // A smaller one fits beside it.
+    dispatcher.call(Call::new("a", "act").memory(16 << 20)).ok();
+    first.cancel();
+    wait_until("the budget is free again", Duration::from_secs(10), || {
+        dispatcher.run("a", "act", &[]).verdict == Verdict::Exited
+    });
+    dispatcher.stop();
+}
