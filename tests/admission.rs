@@ -76,7 +76,11 @@ fn a_full_queue_turns_away() {
     wait_for_full_queue("one");
     let asked = Instant::now();
     overloaded(dispatcher().run("one", "act", &[]), "queue_full");
-    assert!(asked.elapsed() < Duration::from_millis(scaled_ms(1000)), "at once: {:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_millis(scaled_ms(1000)),
+        "at once: {:?}",
+        asked.elapsed()
+    );
     // Another namespace is not concerned.
     dispatcher().run("free", "act", &[]).ok();
 
@@ -141,7 +145,9 @@ fn the_queue_keeps_its_order() {
     let (first, _) = occupy(dispatcher(), "order");
     let mut waiting = vec![];
     for index in 0..4 {
-        waiting.push(dispatcher().begin(Call::new("order", "act").args(&["print", &index.to_string()])));
+        waiting.push(
+            dispatcher().begin(Call::new("order", "act").args(&["print", &index.to_string()])),
+        );
         // Arrival is what counts; this much apart it is unambiguous.
         std::thread::sleep(Duration::from_millis(scaled_ms(50)));
     }
@@ -196,7 +202,11 @@ fn rates_are_kept() {
 
     dispatcher().run("slow-rate", "act", &[]).ok();
     let reply = dispatcher().run("slow-rate", "act", &[]);
-    assert!(reply.detail("retry_after_ms").parse::<u64>().unwrap() > 1_000_000, "{}", reply.summary());
+    assert!(
+        reply.detail("retry_after_ms").parse::<u64>().unwrap() > 1_000_000,
+        "{}",
+        reply.summary()
+    );
     overloaded(reply, "rate_exceeded");
 }
 
@@ -204,7 +214,11 @@ fn rates_are_kept() {
 #[test]
 fn the_host_has_limits_of_its_own() {
     let policy = plain("[limits]\nmemory = \"48MiB\"\n[admission]\nqueue_timeout = \"1m\"\n");
-    let settings = Settings::new([("a", policy.clone()), ("b", policy), ("huge", plain("[limits]\nmemory = \"4GiB\"\n"))]);
+    let settings = Settings::new([
+        ("a", policy.clone()),
+        ("b", policy),
+        ("huge", plain("[limits]\nmemory = \"4GiB\"\n")),
+    ]);
     let dispatcher = settings.server("concurrency = 2\nmemory = \"100MiB\"\n").start();
 
     let (first, _) = occupy(&dispatcher, "a");

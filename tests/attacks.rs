@@ -14,7 +14,9 @@ use std::{
 use common::{
     Call, Dispatcher, Facts,
     dispatcher::{binary, plain},
-    host, programs::{self, Background}, rootless, scaled_ms, shared, skip, token, wait_until,
+    host,
+    programs::{self, Background},
+    rootless, scaled_ms, shared, skip, token, wait_until,
 };
 use dispatcher::{
     names::Digest,
@@ -32,7 +34,12 @@ fn dispatcher() -> &'static Dispatcher {
             ("loopback", plain("[network]\nmode = \"loopback\"\n")),
             ("soon", plain(&soon)),
             ("direct", plain("mode = \"direct\"\n[limits]\npids = 64\n")),
-            ("many", plain("[admission]\nconcurrency = 32\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n")),
+            (
+                "many",
+                plain(
+                    "[admission]\nconcurrency = 32\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n",
+                ),
+            ),
             ("labels", plain("[environment]\nallow = [\"X\"]\n")),
         ])
     })
@@ -200,7 +207,8 @@ fn no_file_becomes_roots() {
 fn terminals_cannot_be_typed_into() {
     let pty = nix::pty::openpty(None, None).unwrap();
     let name = nix::unistd::ttyname(&pty.slave).unwrap();
-    let legacy = fs::read_to_string("/proc/sys/dev/tty/legacy_tiocsti").is_ok_and(|on| on.trim() == "1");
+    let legacy =
+        fs::read_to_string("/proc/sys/dev/tty/legacy_tiocsti").is_ok_and(|on| on.trim() == "1");
     for attack in ["tiocsti", "tiocsti-upper"] {
         if !rootless() || legacy {
             assert_eq!(outside(&[attack, name.to_str().unwrap()]), "works");
@@ -263,7 +271,10 @@ fn survivors_do_not_survive() {
             let name = token();
             let reply = dispatcher().run(namespace, "hog", &[way, &name]).ok();
             assert_eq!(reply.facts().one("survivor"), "running", "{namespace} {way}");
-            assert!(host::named(&name).is_empty(), "{namespace} {way}: gone once the reply is here");
+            assert!(
+                host::named(&name).is_empty(),
+                "{namespace} {way}: gone once the reply is here"
+            );
             assert!(reply.wall() < Duration::from_millis(scaled_ms(3000)), "{:?}", reply.wall());
         }
     }

@@ -96,7 +96,9 @@ fn verdicts_of_programs_that_were_ended() {
         assert!(reply.report.stdout_truncated, "{mode}");
         assert_eq!(reply.stdout(), vec![b'x'; 64 << 10], "{mode}: all that the limit gives");
     }
-    dispatcher().run("jail", "syscall", &["native", &libc::SYS_unshare.to_string(), "0"]).denied("unshare");
+    dispatcher()
+        .run("jail", "syscall", &["native", &libc::SYS_unshare.to_string(), "0"])
+        .denied("unshare");
 }
 
 #[test]
@@ -170,7 +172,8 @@ fn the_report_is_complete() {
         assert!(!report.warm);
 
         let start = report.start_time.as_ref().unwrap();
-        let start = SystemTime::UNIX_EPOCH + Duration::new(start.seconds as u64, start.nanos as u32);
+        let start =
+            SystemTime::UNIX_EPOCH + Duration::new(start.seconds as u64, start.nanos as u32);
         assert!(before <= start && start <= SystemTime::now(), "{start:?}");
         let (queue, setup) =
             (to_duration(report.queue_time.as_ref()), to_duration(report.setup_time.as_ref()));
@@ -178,8 +181,13 @@ fn the_report_is_complete() {
         assert!(queue + setup + reply.wall() <= reply.elapsed, "parts of the whole: {report:?}");
         assert!(setup > Duration::ZERO, "{setup:?}");
 
-        for word in ["ns.pid", "no_new_privs", "rlimits", "cgroup.memory", "cgroup.pids", "timeout"] {
-            assert!(report.enforced.iter().any(|e| e == word), "{mode}: {word} in {:?}", report.enforced);
+        for word in ["ns.pid", "no_new_privs", "rlimits", "cgroup.memory", "cgroup.pids", "timeout"]
+        {
+            assert!(
+                report.enforced.iter().any(|e| e == word),
+                "{mode}: {word} in {:?}",
+                report.enforced
+            );
         }
     }
 }
@@ -242,13 +250,18 @@ fn argv_and_environment_are_collectors() {
             ("TMPDIR", "/tmp"),
             ("LANG", "C.UTF-8"),
         ] {
-            assert!(entries.contains(format!("{name}={value}").as_str()), "{mode} {name}: {entries:?}");
+            assert!(
+                entries.contains(format!("{name}={value}").as_str()),
+                "{mode} {name}: {entries:?}"
+            );
         }
-        let names: BTreeSet<_> = entries.iter().map(|entry| entry.split('=').next().unwrap()).collect();
+        let names: BTreeSet<_> =
+            entries.iter().map(|entry| entry.split('=').next().unwrap()).collect();
         assert!(names.len() <= 9, "{mode}: nothing of the host's: {names:?}");
         assert_eq!(facts.one("stdin"), "");
 
-        let reply = dispatcher().call(Call::new(mode, "echo").args(&["x"]).env("EXTRA", "a=b\nc")).ok();
+        let reply =
+            dispatcher().call(Call::new(mode, "echo").args(&["x"]).env("EXTRA", "a=b\nc")).ok();
         assert_eq!(reply.facts().all("argv"), ["service", "x"], "{mode}: plain");
         assert!(reply.text().contains("env=EXTRA=a=b\nc\n"), "{mode}: {}", reply.text());
     }
@@ -267,8 +280,16 @@ fn input_arrives_as_bytes_and_as_json() {
     let cases = [
         (text_type, text.clone(), serde_json::json!({ "@type": text_type, "value": "grüße" })),
         // Not of its type: given all the same.
-        (text_type, b"\xff\xff".to_vec(), serde_json::json!({ "@type": text_type, "@value": "//8=" })),
-        ("example.com/unknown.Type", vec![1, 2], serde_json::json!({ "@type": "example.com/unknown.Type", "@value": "AQI=" })),
+        (
+            text_type,
+            b"\xff\xff".to_vec(),
+            serde_json::json!({ "@type": text_type, "@value": "//8=" }),
+        ),
+        (
+            "example.com/unknown.Type",
+            vec![1, 2],
+            serde_json::json!({ "@type": "example.com/unknown.Type", "@value": "AQI=" }),
+        ),
     ];
     for (mode, _) in MODES {
         for (type_url, value, json) in &cases {
@@ -282,7 +303,11 @@ fn input_arrives_as_bytes_and_as_json() {
                 assert_eq!(facts.one("stdin.end"), "ok");
                 assert_eq!(variable(&facts, "DISPATCHER_INPUT_TYPE").as_deref(), Some(*type_url));
                 let data = variable(&facts, "GRPC_INPUT_DATA").unwrap();
-                assert_eq!(&serde_json::from_str::<serde_json::Value>(&data).unwrap(), json, "{mode}");
+                assert_eq!(
+                    &serde_json::from_str::<serde_json::Value>(&data).unwrap(),
+                    json,
+                    "{mode}"
+                );
             }
         }
         // Too large for an environment: on stdin only.
@@ -342,7 +367,11 @@ fn requests_tighten_by_options_or_context() {
         let greedy = Call::new(mode, "hog").args(&["mmap", "32m"]);
         dispatcher().call(greedy.clone()).ok();
         for call in [greedy.clone().memory(16 << 20), greedy.context("memory", "16MiB")] {
-            dispatcher().call(call).expect(Code::ResourceExhausted, Verdict::OutOfMemory, "out_of_memory");
+            dispatcher().call(call).expect(
+                Code::ResourceExhausted,
+                Verdict::OutOfMemory,
+                "out_of_memory",
+            );
         }
         let slow = dispatcher().call(Call::new(mode, "act").args(&["burn", "200"]).cpus(0.25)).ok();
         assert!(slow.wall() >= Duration::from_millis(500), "{mode}: a quarter: {:?}", slow.wall());
@@ -353,7 +382,10 @@ fn requests_tighten_by_options_or_context() {
 
 #[test]
 fn direct_mode_runs_as_nobody_in_a_pid_namespace() {
-    let facts = dispatcher().run("direct", "facts", &["identity", "descriptors", "process", "capabilities"]).ok().facts();
+    let facts = dispatcher()
+        .run("direct", "facts", &["identity", "descriptors", "process", "capabilities"])
+        .ok()
+        .facts();
     if !rootless() {
         assert_ne!(facts.one("uid").split(' ').next(), Some("0"));
         assert_eq!(facts.all("group").iter().filter(|group| **group == "0").count(), 0);

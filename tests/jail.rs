@@ -134,7 +134,11 @@ fn a_kept_capability_is_the_only_one() {
     for set in ["effective", "permitted", "bounding"] {
         assert_eq!(facts.one(&format!("cap.{set}")), "400", "CAP_NET_BIND_SERVICE in {set}");
     }
-    assert!(!reply.report.enforced.contains(&"caps.none".to_owned()), "{:?}", reply.report.enforced);
+    assert!(
+        !reply.report.enforced.contains(&"caps.none".to_owned()),
+        "{:?}",
+        reply.report.enforced
+    );
 }
 
 #[test]
@@ -146,7 +150,10 @@ fn only_the_standard_descriptors_are_open() {
         let facts = inside(namespace, &["descriptors"]);
         assert_eq!(facts.all("fd"), ["0", "1", "2"], "{namespace}: {:?}", facts.all("fd.kind"));
         for kind in facts.all("fd.kind") {
-            assert!(!kind.ends_with("directory") && !kind.ends_with("device"), "{namespace}: {kind}");
+            assert!(
+                !kind.ends_with("directory") && !kind.ends_with("device"),
+                "{namespace}: {kind}"
+            );
         }
     }
 }
@@ -201,7 +208,8 @@ fn the_empty_root_holds_nothing_else() {
     let found = empty().set("root");
     assert!(found.is_superset(&set(["dev", "proc", "tmp"])), "{found:?}");
     assert!(found.is_subset(&allowed), "{found:?}");
-    let listing = dispatcher().run("empty", "act", &["ls", "/run", "ls", "/etc", "ls", "/sys"]).ok();
+    let listing =
+        dispatcher().run("empty", "act", &["ls", "/run", "ls", "/etc", "ls", "/sys"]).ok();
     for directory in ["/run", "/etc", "/sys"] {
         let entries = listing.facts();
         let entries = entries.all(directory);
@@ -211,8 +219,7 @@ fn the_empty_root_holds_nothing_else() {
 
 #[test]
 fn devices_are_the_five_harmless_ones() {
-    let expected =
-        set(["null c 1:3", "zero c 1:5", "full c 1:7", "random c 1:8", "urandom c 1:9"]);
+    let expected = set(["null c 1:3", "zero c 1:5", "full c 1:7", "random c 1:8", "urandom c 1:9"]);
     for namespace in ["empty", "host", "directory"] {
         let facts = inside(namespace, &["devices"]);
         assert_eq!(facts.set("dev"), expected, "{namespace}");
@@ -348,17 +355,26 @@ fn network_host_is_the_hosts() {
 
 #[test]
 fn the_host_root_shows_programs_and_little_of_etc() {
-    let reply = dispatcher().run("host", "act", &["ls", "/", "ls", "/etc", "cat", "/etc/passwd"]).ok();
+    let reply =
+        dispatcher().run("host", "act", &["ls", "/", "ls", "/etc", "cat", "/etc/passwd"]).ok();
     let facts = reply.facts();
     let allowed = set([
-        "bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin", "sys", "tmp", "usr",
+        "bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin",
+        "sys", "tmp", "usr",
     ]);
     assert!(facts.set("/").is_subset(&allowed), "{:?}", facts.set("/"));
     assert!(facts.set("/").is_superset(&set(["bin", "dev", "etc", "proc", "tmp", "usr"])));
     for entry in facts.all("/etc") {
         let known = set([
-            "alternatives", "group", "hosts", "ld.so.cache", "localtime", "nsswitch.conf", "passwd",
-            "resolv.conf", "ssl",
+            "alternatives",
+            "group",
+            "hosts",
+            "ld.so.cache",
+            "localtime",
+            "nsswitch.conf",
+            "passwd",
+            "resolv.conf",
+            "ssl",
         ]);
         assert!(known.contains(entry) || entry.starts_with("ld.so.conf"), "/etc/{entry}");
     }
@@ -383,8 +399,9 @@ fn dynamic_programs_run_in_the_host_root() {
 
 #[test]
 fn a_directory_root_shows_that_directory() {
-    let reply =
-        dispatcher().run("directory", "act", &["cat", "/data/marker", "write", "/data/x", "y"]).ok();
+    let reply = dispatcher()
+        .run("directory", "act", &["cat", "/data/marker", "write", "/data/x", "y"])
+        .ok();
     assert!(reply.text().starts_with("in the directory root"), "{}", reply.text());
     assert_eq!(reply.facts().all("/data/x").len(), 0);
     assert!(reply.text().contains("/data/x=EROFS"), "{}", reply.text());
@@ -394,8 +411,9 @@ fn a_directory_root_shows_that_directory() {
 
 #[test]
 fn read_only_binds_show_and_refuse() {
-    let reply =
-        dispatcher().run("models", "act", &["cat", "/models/weights", "print", "\n", "write", "/models/x", "y"]).ok();
+    let reply = dispatcher()
+        .run("models", "act", &["cat", "/models/weights", "print", "\n", "write", "/models/x", "y"])
+        .ok();
     assert!(reply.text().starts_with("in the models"), "{}", reply.text());
     assert_eq!(reply.facts().one("/models/x"), "EROFS");
     assert!(!fixture("models/x").exists());
@@ -417,7 +435,11 @@ fn private_binds_act_as_their_owner_or_not_at_all() {
     let made = fixture("work/result");
     assert_eq!(fs::read_to_string(&made).unwrap(), "made inside");
     let (owner, file) = (fs::metadata(fixture("work")).unwrap(), fs::metadata(&made).unwrap());
-    assert_eq!((file.uid(), file.gid()), (owner.uid(), owner.gid()), "owned by the directory's owner");
+    assert_eq!(
+        (file.uid(), file.gid()),
+        (owner.uid(), owner.gid()),
+        "owned by the directory's owner"
+    );
     let again = dispatcher().run("work", "act", &["cat", "/srv/work/result"]).ok();
     assert_eq!(again.text(), "made inside", "the next run reads it too, whatever uid it drew");
 }
@@ -439,8 +461,13 @@ fn the_environment_is_the_policys_and_ours() {
         assert!(entries.contains(expected), "{expected} in {entries:?}");
     }
     let known = set([
-        "A", "B", "DISPATCHER_NAMESPACE", "DISPATCHER_SERVICE", "DISPATCHER_METHOD",
-        "DISPATCHER_INPUT_TYPE", "GRPC_INPUT_DATA",
+        "A",
+        "B",
+        "DISPATCHER_NAMESPACE",
+        "DISPATCHER_SERVICE",
+        "DISPATCHER_METHOD",
+        "DISPATCHER_INPUT_TYPE",
+        "GRPC_INPUT_DATA",
     ]);
     assert!(names.iter().all(|name| known.contains(name.as_str())), "{names:?}");
 }
@@ -450,9 +477,27 @@ fn what_was_enforced_is_what_is_in_force() {
     let reply = dispatcher().call(Call::new("empty", "act"));
     let enforced: BTreeSet<&str> = reply.report.enforced.iter().map(String::as_str).collect();
     let mut expected = set([
-        "ns.user", "ns.mount", "ns.pid", "ns.ipc", "ns.uts", "ns.net", "ns.cgroup", "root.readonly",
-        "proc.restricted", "caps.none", "no_new_privs", "seccomp", "rlimits", "cgroup.memory",
-        "cgroup.swap", "cgroup.pids", "cgroup.cpu", "cgroup.kill", "cpu_time", "timeout", "output",
+        "ns.user",
+        "ns.mount",
+        "ns.pid",
+        "ns.ipc",
+        "ns.uts",
+        "ns.net",
+        "ns.cgroup",
+        "root.readonly",
+        "proc.restricted",
+        "caps.none",
+        "no_new_privs",
+        "seccomp",
+        "rlimits",
+        "cgroup.memory",
+        "cgroup.swap",
+        "cgroup.pids",
+        "cgroup.cpu",
+        "cgroup.kill",
+        "cpu_time",
+        "timeout",
+        "output",
     ]);
     if rootless() {
         assert!(!enforced.contains("host_uid"));

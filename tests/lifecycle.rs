@@ -15,7 +15,9 @@ use common::{
 };
 use dispatcher::wire::{Verdict, status::Code};
 use nix::sys::signal::Signal;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 
 /// Starts a run that goes on, and sees it running.
 fn occupy(dispatcher: &Dispatcher, namespace: &str) -> (Running, String) {
@@ -44,7 +46,8 @@ fn sigterm_drains() {
     }
     let name = token();
     let pause = scaled_ms(1500).to_string();
-    let call = Call::new("jail", "act").args(&["name", &name, "sleep", &pause, "print", "finished"]);
+    let call =
+        Call::new("jail", "act").args(&["name", &name, "sleep", &pause, "print", "finished"]);
     let running = dispatcher.begin(call);
     wait_until("running", Duration::from_secs(10), || !gone(&name));
 
@@ -54,7 +57,10 @@ fn sigterm_drains() {
         health(&dispatcher, "") == Some(ServingStatus::NotServing)
     });
     assert_eq!(health(&dispatcher, "readiness"), Some(ServingStatus::NotServing));
-    assert_eq!(health(&dispatcher, "collector.CollectiveDispatcher"), Some(ServingStatus::NotServing));
+    assert_eq!(
+        health(&dispatcher, "collector.CollectiveDispatcher"),
+        Some(ServingStatus::NotServing)
+    );
     assert_eq!(health(&dispatcher, "liveness"), Some(ServingStatus::Serving));
     let late = dispatcher.try_call(Call::new("jail", "act")).expect_err("no new calls");
     assert_eq!(late.code(), tonic::Code::Unavailable, "{late:?}");
@@ -155,7 +161,8 @@ fn a_running_call_keeps_its_policy() {
     dispatcher.write_policy("a", &timeout(scaled_ms(300)));
     dispatcher.signal(Signal::SIGHUP);
     wait_until("the new policy holds", Duration::from_secs(10), || {
-        dispatcher.run("a", "act", &["sleep", &scaled_ms(900).to_string()]).verdict == Verdict::TimedOut
+        dispatcher.run("a", "act", &["sleep", &scaled_ms(900).to_string()]).verdict
+            == Verdict::TimedOut
     });
     assert_eq!(running.finish().unwrap().ok().text(), "whole");
     dispatcher.stop();
@@ -192,18 +199,23 @@ fn each_process_may_be_killed() {
             // The connection broke with the process that held it.
             ("dispatch-serve", Err(status)) => {
                 assert!(
-                    [tonic::Code::Unavailable, tonic::Code::Unknown, tonic::Code::Internal].contains(&status.code()),
+                    [tonic::Code::Unavailable, tonic::Code::Unknown, tonic::Code::Internal]
+                        .contains(&status.code()),
                     "{status:?}"
                 );
             }
             ("dispatch-launch", Ok(reply)) => {
                 drop(reply.expect(Code::Unavailable, Verdict::Failed, "launcher_lost"));
             }
-            ("dispatch-init", Ok(reply)) => assert_eq!(reply.verdict, Verdict::Failed, "{}", reply.summary()),
+            ("dispatch-init", Ok(reply)) => {
+                assert_eq!(reply.verdict, Verdict::Failed, "{}", reply.summary())
+            }
             (_, answer) => panic!("after the death of {victim}: {answer:?}"),
         }
         let reply = wait_for("served again", Duration::from_secs(10), || {
-            dispatcher.try_call(Call::new("jail", "act").args(&["print", "again"])).ok()
+            dispatcher
+                .try_call(Call::new("jail", "act").args(&["print", "again"]))
+                .ok()
                 .filter(|reply| reply.verdict == Verdict::Exited)
         });
         assert_eq!(reply.text(), "again", "after the death of {victim}");
@@ -229,11 +241,17 @@ fn kills_at_any_moment_leave_nothing() {
         for call in calls {
             if let Ok(reply) = call.finish() {
                 let verdict = reply.verdict;
-                assert!([Verdict::Exited, Verdict::Failed, Verdict::Refused].contains(&verdict), "{}", reply.summary());
+                assert!(
+                    [Verdict::Exited, Verdict::Failed, Verdict::Refused].contains(&verdict),
+                    "{}",
+                    reply.summary()
+                );
             }
         }
         wait_until("served again", Duration::from_secs(10), || {
-            dispatcher.try_call(Call::new("jail", "act")).is_ok_and(|reply| reply.verdict == Verdict::Exited)
+            dispatcher
+                .try_call(Call::new("jail", "act"))
+                .is_ok_and(|reply| reply.verdict == Verdict::Exited)
         });
     }
     dispatcher.stop();
@@ -241,7 +259,9 @@ fn kills_at_any_moment_leave_nothing() {
 
 #[test]
 fn the_monitors_death_is_the_end_of_all() {
-    let prepared = Settings::new([("jail", plain("")), ("direct", plain("mode = \"direct\"\n"))]).unix_socket().prepare();
+    let prepared = Settings::new([("jail", plain("")), ("direct", plain("mode = \"direct\"\n"))])
+        .unix_socket()
+        .prepare();
     for namespace in ["jail", "direct"] {
         let dispatcher = prepared.start();
         let (running, name) = occupy(&dispatcher, namespace);
@@ -293,8 +313,13 @@ fn holdings(dispatcher: &Dispatcher) -> [(usize, u64); 2] {
 /// Thousands of calls leave as many descriptors, cgroups and processes as before.
 #[test]
 fn nothing_adds_up() {
-    let policy = plain("[admission]\nconcurrency = 16\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n[limits]\nmemory = \"64MiB\"\n");
-    let dispatcher = Dispatcher::start([("jail", policy.clone()), ("direct", format!("mode = \"direct\"\n{policy}"))]);
+    let policy = plain(
+        "[admission]\nconcurrency = 16\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n[limits]\nmemory = \"64MiB\"\n",
+    );
+    let dispatcher = Dispatcher::start([
+        ("jail", policy.clone()),
+        ("direct", format!("mode = \"direct\"\n{policy}")),
+    ]);
     let total = (2000.0 / slowness()) as usize;
     let batch = |count: usize| {
         for start in (0..count).step_by(32) {
@@ -305,7 +330,8 @@ fn nothing_adds_up() {
                     let call = match index % 16 {
                         3 => Call::new(namespace, "act").args(&["exit", "1"]),
                         7 => Call::of(namespace, "no executable"),
-                        11 => Call::new("jail", "syscall").args(&["native", &libc::SYS_unshare.to_string()]),
+                        11 => Call::new("jail", "syscall")
+                            .args(&["native", &libc::SYS_unshare.to_string()]),
                         13 => Call::new(namespace, "hog").args(&["survivor", "left-over"]),
                         _ => Call::new(namespace, "act").args(&["print", &index.to_string()]),
                     };
@@ -320,7 +346,8 @@ fn nothing_adds_up() {
     };
     batch(total / 4);
     let before = holdings(&dispatcher);
-    let (processes, names) = (dispatcher.descendants().len(), host::cgroup_names(&dispatcher.descendants()));
+    let (processes, names) =
+        (dispatcher.descendants().len(), host::cgroup_names(&dispatcher.descendants()));
     let cgroups = host::cgroups_named(&names).len();
     let started = Instant::now();
     batch(total);
@@ -334,7 +361,10 @@ fn nothing_adds_up() {
             "{name}: {fds_before} descriptors became {fds_after}: {:#?}",
             dispatcher.process(&format!("dispatch-{name}")).descriptor_targets()
         );
-        assert!(rss_after < rss_before + (24 << 20), "{name}: {rss_before} bytes became {rss_after}");
+        assert!(
+            rss_after < rss_before + (24 << 20),
+            "{name}: {rss_before} bytes became {rss_after}"
+        );
     }
     wait_until("processes are as many as before", Duration::from_secs(10), || {
         dispatcher.descendants().len() <= processes
@@ -360,7 +390,10 @@ fn bad_configuration_ends_before_anything_listens() {
     let broken = [("jail", "[limits]\nmemori = \"1MiB\"\n")];
     assert!(prepared(Settings::new(broken)).contains("jail.toml:2:1"));
     let fine = [("jail", plain(""))];
-    assert!(prepared(Settings::new(fine.clone()).server("concurrenzy = 3\n")).contains("dispatcher.toml:"));
+    assert!(
+        prepared(Settings::new(fine.clone()).server("concurrenzy = 3\n"))
+            .contains("dispatcher.toml:")
+    );
     let open = Settings::new(fine).server("listen = [\"0.0.0.0:0\"]\n");
     let directory = open.written();
     let mut command = common::dispatcher::command();

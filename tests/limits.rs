@@ -28,14 +28,23 @@ fn dispatcher() -> &'static Dispatcher {
     static SERVER: OnceLock<Dispatcher> = OnceLock::new();
     shared(&SERVER, || {
         let quick = scaled_ms(400);
-        let bind = format!("bind = [{{ source = {:?}, target = \"/data\", read_only = true }}]", data());
+        let bind =
+            format!("bind = [{{ source = {:?}, target = \"/data\", read_only = true }}]", data());
         let policy = |mode: &str, limits: &str| {
-            plain(&format!("mode = \"{mode}\"\n[limits]\n{limits}\n[admission]\nconcurrency = 64\n"))
+            plain(&format!(
+                "mode = \"{mode}\"\n[limits]\n{limits}\n[admission]\nconcurrency = 64\n"
+            ))
         };
         let mut policies = vec![
-            ("tmp".to_owned(), plain("[limits]\nmemory = \"256MiB\"\n[filesystem]\ntmp = \"8MiB\"\n")),
+            (
+                "tmp".to_owned(),
+                plain("[limits]\nmemory = \"256MiB\"\n[filesystem]\ntmp = \"8MiB\"\n"),
+            ),
             ("small".to_owned(), plain("[limits]\nmemory = \"32MiB\"\n")),
-            ("bind".to_owned(), plain(&format!("[limits]\nmemory = \"32MiB\"\n[filesystem]\n{bind}\n"))),
+            (
+                "bind".to_owned(),
+                plain(&format!("[limits]\nmemory = \"32MiB\"\n[filesystem]\n{bind}\n")),
+            ),
             ("least".to_owned(), plain("[limits]\nmemory = \"4MiB\"\n")),
             ("service".to_owned(), plain("[service.\"test/tight\"]\nlimits = { pids = 4 }\n")),
         ];
@@ -86,13 +95,18 @@ fn timeout_is_exact() {
     let limit = Duration::from_millis(scaled_ms(400));
     for namespace in both("timeout") {
         // Sleeping, busy, and with children that go on.
-        for (program, args) in
-            [("act", &["forever"][..]), ("act", &["burn", "60000"]), ("hog", &["cpu", "3", "60000"])]
-        {
+        for (program, args) in [
+            ("act", &["forever"][..]),
+            ("act", &["burn", "60000"]),
+            ("hog", &["cpu", "3", "60000"]),
+        ] {
             let reply = run(&namespace, program, args);
             let reply = reply.expect(Code::DeadlineExceeded, Verdict::TimedOut, "timeout");
             let over = reply.wall().checked_sub(limit).expect("not before its time");
-            assert!(over < patience(Duration::from_millis(100)), "{namespace} {args:?}: {over:?} over");
+            assert!(
+                over < patience(Duration::from_millis(100)),
+                "{namespace} {args:?}: {over:?} over"
+            );
         }
         run(&namespace, "act", &["sleep", "100"]).ok();
     }
@@ -105,7 +119,8 @@ fn cpu_time_is_the_whole_trees_within_100_ms() {
             let reply = run(&namespace, "hog", &["cpu", children, "60000"]);
             let reply = reply.expect(Code::ResourceExhausted, Verdict::CpuTimeExceeded, "cpu_time");
             let cpu = reply.cpu();
-            let (least, most) = (Duration::from_millis(490), Duration::from_millis(500 + scaled_ms(100)));
+            let (least, most) =
+                (Duration::from_millis(490), Duration::from_millis(500 + scaled_ms(100)));
             assert!((least..most).contains(&cpu), "{namespace}, {children} children: {cpu:?}");
         }
         // Sleeping costs nothing; what ends below the limit keeps its status.
@@ -171,7 +186,12 @@ fn pids_count_processes_and_threads() {
     for namespace in both("pids") {
         for (way, made) in [("forks", "forked"), ("threads", "threads")] {
             let reply = run(&namespace, "hog", &[way, "500"]);
-            assert_eq!(reply.facts().one(made), "15 EAGAIN", "{namespace} {way}: {}", reply.summary());
+            assert_eq!(
+                reply.facts().one(made),
+                "15 EAGAIN",
+                "{namespace} {way}: {}",
+                reply.summary()
+            );
             assert_eq!(reply.report.pids_peak, 16, "{namespace} {way}");
         }
     }
@@ -255,7 +275,11 @@ fn stdin_need_not_be_read() {
 #[test]
 fn closed_streams_do_not_end_a_run() {
     for namespace in both("plain") {
-        let reply = run(&namespace, "act", &["print", "x", "close", "1", "close", "2", "sleep", "200", "exit", "6"]);
+        let reply = run(
+            &namespace,
+            "act",
+            &["print", "x", "close", "1", "close", "2", "sleep", "200", "exit", "6"],
+        );
         let reply = reply.expect(Code::Unknown, Verdict::Exited, "exit_nonzero");
         assert_eq!((reply.report.exit_code, reply.text().as_str()), (6, "x"), "{namespace}");
         assert!(reply.wall() >= Duration::from_millis(200), "{namespace}");
@@ -296,7 +320,12 @@ fn verdicts_are_right_under_load() {
     let unshare = libc::SYS_unshare.to_string();
     for _ in 0..4 {
         let call = Call::new("jail-plain", "syscall").args(&["native", &unshare, "0"]);
-        running.push(("jail-plain".into(), &(&["unshare"] as &[&str]), Verdict::SyscallDenied, dispatcher().begin(call)));
+        running.push((
+            "jail-plain".into(),
+            &(&["unshare"] as &[&str]),
+            Verdict::SyscallDenied,
+            dispatcher().begin(call),
+        ));
     }
     for (namespace, args, expected, call) in running {
         let reply = call.finish().unwrap();
@@ -326,7 +355,9 @@ fn cancelled_runs_end() {
     let names: Vec<_> = (0..16).map(|_| token()).collect();
     let running: Vec<_> = names
         .iter()
-        .map(|name| dispatcher().begin(Call::new("jail-plain", "act").args(&["name", name, "forever"])))
+        .map(|name| {
+            dispatcher().begin(Call::new("jail-plain", "act").args(&["name", name, "forever"]))
+        })
         .collect();
     let count = || names.iter().filter(|name| !host::named(name).is_empty()).count();
     wait_until("all run", Duration::from_secs(20), || count() == names.len());

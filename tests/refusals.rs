@@ -30,13 +30,19 @@ fn dispatcher() -> &'static Dispatcher {
             ("other", plain("")),
             ("both-modes", plain("allow_modes = [\"direct\"]\n")),
             ("narrow", plain("[services]\nallow = [\"greeter/*\", \"test/Only\"]\n")),
-            ("by-uri", plain("[artifacts]\ninline = false\nuris = [\"https://example.com/builds/\"]\n")),
+            (
+                "by-uri",
+                plain("[artifacts]\ninline = false\nuris = [\"https://example.com/builds/\"]\n"),
+            ),
             ("pinned", plain(&format!("[artifacts]\ndigests = [\"{act}\"]\n"))),
             ("small", plain("[limits]\nartifact_size = \"100KiB\"\n")),
             ("little-input", plain("[limits]\ninput = \"1KiB\"\n")),
             ("container", format!("mode = \"container\"\n{}", best_effort())),
             ("grpc", plain("protocol = \"grpc\"\n")),
-            ("scripts", plain("[filesystem]\nroot = \"host\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]\n")),
+            (
+                "scripts",
+                plain("[filesystem]\nroot = \"host\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]\n"),
+            ),
             ("bare-scripts", plain("[artifacts]\ninterpreters = [\"/bin/sh\"]\n")),
         ])
     })
@@ -93,7 +99,10 @@ fn nonsense_limits() {
     let cases: Vec<(&str, Call)> = vec![
         ("negative timeout", open().option(|o| o.timeout = Some(duration(-1, 0)))),
         ("negative nanoseconds", open().option(|o| o.timeout = Some(duration(0, -1)))),
-        ("nanoseconds of a second", open().option(|o| o.timeout = Some(duration(1, 1_000_000_000)))),
+        (
+            "nanoseconds of a second",
+            open().option(|o| o.timeout = Some(duration(1, 1_000_000_000))),
+        ),
         ("no timeout at all", open().option(|o| o.timeout = Some(duration(0, 0)))),
         ("centuries", open().option(|o| o.timeout = Some(duration(i64::MAX, 0)))),
         ("cpus NaN", open().cpus(f64::NAN)),
@@ -111,7 +120,10 @@ fn nonsense_limits() {
         ("digest", open().option(|o| o.artifact_digest = "sha256:zz".into())),
         ("argument with NUL", open().args(&["a\0b"])),
         ("both inputs", open().any("example.com/x", [1]).input("x")),
-        ("type without input", open().any("example.com/x", [1]).option(|o| o.input_type = "y/z".into())),
+        (
+            "type without input",
+            open().any("example.com/x", [1]).option(|o| o.input_type = "y/z".into()),
+        ),
         ("uri of no kind", Call::uri("open", "gopher")),
         ("sha256 of no digest", Call::uri("open", "sha256:1234")),
     ];
@@ -181,7 +193,11 @@ fn another_services_namespace() {
     call(in_namespace("open")).ok();
     let reply = call(in_namespace("other"));
     assert_eq!(reply.verdict, Verdict::Refused, "{}", reply.summary());
-    assert!([Code::InvalidArgument, Code::PermissionDenied].contains(&reply.code), "{}", reply.summary());
+    assert!(
+        [Code::InvalidArgument, Code::PermissionDenied].contains(&reply.code),
+        "{}",
+        reply.summary()
+    );
 }
 
 #[test]
@@ -199,7 +215,8 @@ fn executables_that_are_none() {
     foreign[18..20].copy_from_slice(&machine.to_le_bytes());
     call(Call::of("open", foreign)).refused(Code::InvalidArgument, "wrong_architecture");
 
-    let reply = call(Call::new("open", "act-dynamic")).refused(Code::InvalidArgument, "loader_missing");
+    let reply =
+        call(Call::new("open", "act-dynamic")).refused(Code::InvalidArgument, "loader_missing");
     let advice = reply.message.to_lowercase();
     assert!(advice.contains("static") && advice.contains("root"), "says what to do: {advice}");
 
@@ -228,12 +245,16 @@ fn inputs_and_arguments_are_bounded() {
         assert_ne!(reply.code, Code::Internal, "{}", reply.summary());
     }
     let nearly = "x".repeat(100 << 10);
-    assert_eq!(call(Call::new("open", "echo").args(&[&nearly])).ok().facts().all("argv")[1], nearly);
+    assert_eq!(
+        call(Call::new("open", "echo").args(&[&nearly])).ok().facts().all("argv")[1],
+        nearly
+    );
 }
 
 #[test]
 fn scripts_need_their_interpreter() {
-    let script = "#!/bin/sh\nfor word in \"$0\" \"$@\"; do echo \"word=$word\"; done\ncat\nexit 4\n";
+    let script =
+        "#!/bin/sh\nfor word in \"$0\" \"$@\"; do echo \"word=$word\"; done\ncat\nexit 4\n";
     for namespace in ["open", "bare-scripts"] {
         call(Call::of(namespace, script)).refused(Code::InvalidArgument, "script_not_allowed");
     }
@@ -312,7 +333,8 @@ fn peers_are_not_built_yet() {
 #[test]
 fn the_order_of_refusals() {
     let malformed = |r: &mut dispatcher::wire::ServeRequest| r.method_name = "a b".into();
-    call(Call::new("nobody-knows", "act").with(malformed)).refused(Code::InvalidArgument, "bad_field");
+    call(Call::new("nobody-knows", "act").with(malformed))
+        .refused(Code::InvalidArgument, "bad_field");
     call(Call::uri("nobody-knows", UNKNOWN)).refused(Code::PermissionDenied, "no_policy");
     call(Call::uri("narrow", UNKNOWN)).refused(Code::PermissionDenied, "service_not_allowed");
     call(Call::uri("container", UNKNOWN)).refused(Code::NotFound, "artifact_missing");

@@ -110,10 +110,8 @@ fn deadly_calls_end_the_run_by_name() {
 /// Those that work outside, so that their absence inside means something.
 #[test]
 fn outside_the_gravest_calls_work() {
-    let mut calls: Vec<(&str, i64, &[&str])> = vec![
-        ("ptrace", libc::SYS_ptrace, &["0"]),
-        ("keyctl", libc::SYS_keyctl, &["0", "-3", "0"]),
-    ];
+    let mut calls: Vec<(&str, i64, &[&str])> =
+        vec![("ptrace", libc::SYS_ptrace, &["0"]), ("keyctl", libc::SYS_keyctl, &["0", "-3", "0"])];
     if !rootless() {
         calls.extend([
             ("unshare", libc::SYS_unshare, &["0x10000000"] as &[&str]),

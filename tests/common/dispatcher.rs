@@ -20,15 +20,12 @@ use nix::{
 };
 use tonic::transport::Channel;
 
-use super::{
-    Call, Reply, client, host,
-    host::Process,
-    patience, rootless, wait_for, wait_until,
-};
+use super::{Call, Reply, client, host, host::Process, patience, rootless, wait_for, wait_until};
 
 /// The binary under test.
 pub fn binary() -> PathBuf {
-    env::var_os("DISPATCHER_BIN").map_or_else(|| env!("CARGO_BIN_EXE_dispatcher").into(), PathBuf::from)
+    env::var_os("DISPATCHER_BIN")
+        .map_or_else(|| env!("CARGO_BIN_EXE_dispatcher").into(), PathBuf::from)
 }
 
 /// The binary under test with nothing of this environment but what it needs.
@@ -71,7 +68,9 @@ pub struct Settings {
 
 impl Settings {
     /// With these policies: name and content.
-    pub fn new<N: Into<String>, T: Into<String>>(policies: impl IntoIterator<Item = (N, T)>) -> Self {
+    pub fn new<N: Into<String>, T: Into<String>>(
+        policies: impl IntoIterator<Item = (N, T)>,
+    ) -> Self {
         Self {
             policies: policies.into_iter().map(|(n, t)| (n.into(), t.into())).collect(),
             server: String::new(),
@@ -231,12 +230,13 @@ fn listening_lines(child: &mut Child, count: usize, base: &Path) -> Vec<String> 
     });
     (0..count)
         .map(|_| {
-            let line = received.recv_timeout(patience(Duration::from_secs(20))).unwrap_or_else(|_| {
-                let _ = child.kill();
-                let status = child.wait();
-                let log = fs::read_to_string(base.join("log")).unwrap_or_default();
-                panic!("the dispatcher does not listen ({status:?}); its log:\n{log}")
-            });
+            let line =
+                received.recv_timeout(patience(Duration::from_secs(20))).unwrap_or_else(|_| {
+                    let _ = child.kill();
+                    let status = child.wait();
+                    let log = fs::read_to_string(base.join("log")).unwrap_or_default();
+                    panic!("the dispatcher does not listen ({status:?}); its log:\n{log}")
+                });
             line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).to_owned()
         })
         .collect()
@@ -266,7 +266,9 @@ struct State {
 
 impl Dispatcher {
     /// [`Settings::start`] with nothing but policies.
-    pub fn start<N: Into<String>, T: Into<String>>(policies: impl IntoIterator<Item = (N, T)>) -> Self {
+    pub fn start<N: Into<String>, T: Into<String>>(
+        policies: impl IntoIterator<Item = (N, T)>,
+    ) -> Self {
         Settings::new(policies).start()
     }
 
@@ -430,7 +432,10 @@ impl Drop for Dispatcher {
 
 /// One dispatcher for all tests of a file, started by the first and stopped, with
 /// all assertions, when the test process ends.
-pub fn shared(slot: &'static OnceLock<Dispatcher>, start: fn() -> Dispatcher) -> &'static Dispatcher {
+pub fn shared(
+    slot: &'static OnceLock<Dispatcher>,
+    start: fn() -> Dispatcher,
+) -> &'static Dispatcher {
     static SHARED: Mutex<Vec<&'static OnceLock<Dispatcher>>> = Mutex::new(vec![]);
     static ONCE: Once = Once::new();
 

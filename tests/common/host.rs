@@ -103,7 +103,9 @@ pub fn descendants(pid: i32) -> Vec<Process> {
     let mut known = HashSet::from([pid]);
     loop {
         let before = known.len();
-        known.extend(all.iter().filter(|p| known.contains(&p.parent)).map(|p| p.pid).collect::<Vec<_>>());
+        known.extend(
+            all.iter().filter(|p| known.contains(&p.parent)).map(|p| p.pid).collect::<Vec<_>>(),
+        );
         if known.len() == before {
             break;
         }

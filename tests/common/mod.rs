@@ -45,9 +45,9 @@ pub fn note_skip(why: &str) {
 
 /// How much slower than a real machine this one may be taken to be.
 pub fn slowness() -> f64 {
-    env::var("DISPATCHER_TEST_SLOW").ok().map_or(1.0, |text| {
-        text.parse().expect("DISPATCHER_TEST_SLOW is a number such as 10")
-    })
+    env::var("DISPATCHER_TEST_SLOW")
+        .ok()
+        .map_or(1.0, |text| text.parse().expect("DISPATCHER_TEST_SLOW is a number such as 10"))
 }
 
 /// A deadline, scaled for slow machines.

@@ -1,0 +1,143 @@
+//! Every step of a launch is made to fail: the call is refused or failed, never run
+//! with less than it was promised, and nothing is left over.
+//!
+//! Only debug builds inject faults; with a release build these tests are skipped.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Call, Dispatcher, Settings, dispatcher::plain, host, patience, skip, wait_until};
+use dispatcher::wire::{Verdict, status::Code};
+
+/// Steps by their names in `jail::step`. `Must`: no program may start without it.
+/// `May`: not reached on every host (cgroup v1 or v2, root or not, with or without
+/// binds), or a control that the tests' policy takes as best effort.
+enum Step {
+    Must(&'static str),
+    May(&'static str),
+}
+use Step::{May, Must};
+
+const STEPS: [Step; 34] = [
+    Must("cgroup"),
+    May("idmap"),
+    Must("clone"),
+    May("attach"),
+    Must("maps"),
+    Must("start"),
+    Must("close_fds"),
+    Must("handshake"),
+    Must("cgroup_namespace"),
+    Must("private"),
+    Must("sources"),
+    Must("proc"),
+    Must("dev"),
+    Must("tmp"),
+    Must("root"),
+    Must("pivot"),
+    Must("populate"),
+    Must("readonly"),
+    May("memfd_noexec"),
+    Must("network"),
+    May("user_namespace"),
+    May("landlock_rules"),
+    Must("fork"),
+    Must("identity"),
+    Must("capabilities"),
+    Must("attributes"),
+    Must("session"),
+    Must("rlimits"),
+    Must("descriptors"),
+    Must("arguments"),
+    May("landlock"),
+    Must("seccomp"),
+    May("listener"),
+    Must("exec"),
+];
+
+fn start(fault: &str) -> Dispatcher {
+    let jail = plain("[filesystem]\nroot = \"host\"\n[network]\nmode = \"loopback\"\n");
+    Settings::new([("jail", jail)]).env("DISPATCHER_FAULT", fault).start()
+}
+
+/// Processor time of a process so far, in clock ticks of 10 ms.
+fn ticks(process: &host::Process) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+    let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    [11, 12].iter().filter_map(|index| fields.get(*index)?.parse::<u64>().ok()).sum()
+}
+
+/// Makes calls with one step broken; tells whether the fault showed.
+fn check(name: &str, must: bool) -> bool {
+    let dispatcher = start(name);
+    let first = dispatcher.run("jail", "act", &["print", "ran"]);
+    let showed = first.verdict != Verdict::Exited;
+    assert!(showed || !must, "{name} failed, and the program ran: {}", first.summary());
+    if showed {
+        assert!(
+            matches!(
+                (first.code, first.verdict),
+                (Code::Internal | Code::Unavailable, Verdict::Failed)
+                    | (Code::FailedPrecondition, Verdict::Refused)
+            ),
+            "{name}: {}",
+            first.summary()
+        );
+        assert!(
+            first.message.contains(name) || first.reason() == "control_unavailable",
+            "{name}: {}",
+            first.summary()
+        );
+    }
+
+    let launcher = dispatcher.process("dispatch-launch");
+    let settled = || launcher.descriptors().expect("ours to see");
+    let before = settled();
+    for _ in 0..8 {
+        let again = dispatcher.run("jail", "act", &["print", "ran"]);
+        assert_eq!(again.verdict == Verdict::Exited, !showed, "{name}: {}", again.summary());
+    }
+    assert!(launcher.alive(), "{name}: a failed launch is no reason for the launcher to die");
+    wait_until("no descriptor is left over", Duration::from_secs(5), || settled() <= before + 1);
+    wait_until("no jail of a failed launch is left over", Duration::from_secs(5), || {
+        let runs = dispatcher.descendants();
+        runs.iter().filter(|process| process.name == "dispatch-init" && !process.zombie).count()
+            <= 4
+    });
+    // Where jails are built ahead, one that can't be built is not tried without end.
+    let spent = ticks(&launcher);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(ticks(&launcher) - spent < 25, "{name}: the launcher is busy failing");
+
+    // A launch that fails leaves the next one nothing to trip over.
+    let cgroups = host::cgroup_names(&dispatcher.descendants());
+    dispatcher.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(dispatcher.wait(Duration::from_secs(20)).code(), Some(0), "{name}");
+    dispatcher.assert_no_processes(patience(Duration::from_secs(2)));
+    assert_eq!(host::cgroups_named(&cgroups), [""; 0].map(std::path::PathBuf::from), "{name}");
+    showed
+}
+
+#[test]
+fn every_step_fails_closed() {
+    let unaffected = start("");
+    let debug = unaffected.call(Call::new("jail", "act")).verdict == Verdict::Exited;
+    assert!(debug, "without a fault it runs");
+    unaffected.stop();
+    let probe = start("exec");
+    let injected = probe.run("jail", "act", &[]).verdict != Verdict::Exited;
+    probe.signal(nix::sys::signal::Signal::SIGTERM);
+    probe.wait(Duration::from_secs(20));
+    if !injected {
+        skip!("this build injects no faults");
+    }
+    let showed = STEPS
+        .iter()
+        .filter(|step| match step {
+            Must(name) => check(name, true),
+            May(name) => check(name, false),
+        })
+        .count();
+    eprintln!("{showed} of {} faults showed", STEPS.len());
+}
