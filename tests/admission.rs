@@ -154,7 +154,7 @@ fn the_queue_keeps_its_order() {
     first.cancel();
     let replies: Vec<_> = waiting.into_iter().map(|call| call.finish().unwrap().ok()).collect();
     let start = |reply: &Reply| {
-        let time = reply.report.start_time.clone().unwrap();
+        let time = reply.report.start_time.unwrap();
         (time.seconds, time.nanos)
     };
     assert!(replies.is_sorted_by_key(start), "first come, first served");
@@ -168,7 +168,7 @@ fn no_more_than_allowed_run_at_once() {
     let mut changes = vec![];
     for call in calls {
         let reply = call.finish().unwrap().ok();
-        let start = reply.report.start_time.clone().unwrap();
+        let start = reply.report.start_time.unwrap();
         let start = Duration::new(start.seconds as u64, start.nanos as u32);
         changes.push((start, 1));
         changes.push((start + reply.wall(), -1));
