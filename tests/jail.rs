@@ -255,7 +255,8 @@ fn proc_shows_oneself_and_changes_nothing() {
 /// The mount on exactly this point: point, type, its options, the file system's options.
 fn mount(facts: &Facts, point: &str) -> Option<Vec<String>> {
     let mounts = facts.all("mount");
-    let mut fields = mounts.iter().map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+    let mut fields =
+        mounts.iter().map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>());
     fields.rfind(|fields| fields[0] == point)
 }
 
