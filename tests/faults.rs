@@ -111,11 +111,11 @@ fn check(name: &str, must: bool) -> bool {
     assert!(ticks(&launcher) - spent < 25, "{name}: the launcher is busy failing");
 
     // A launch that fails leaves the next one nothing to trip over.
-    let cgroups = host::cgroup_names(&dispatcher.descendants());
+    dispatcher.descendants();
     dispatcher.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(dispatcher.wait(Duration::from_secs(20)).code(), Some(0), "{name}");
     dispatcher.assert_no_processes(patience(Duration::from_secs(2)));
-    assert_eq!(host::cgroups_named(&cgroups), [""; 0].map(std::path::PathBuf::from), "{name}");
+    dispatcher.assert_no_cgroups();
     showed
 }
 

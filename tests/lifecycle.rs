@@ -4,6 +4,8 @@
 mod common;
 
 use std::{
+    collections::BTreeSet,
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -262,9 +264,11 @@ fn the_monitors_death_is_the_end_of_all() {
     let prepared = Settings::new([("jail", plain("")), ("direct", plain("mode = \"direct\"\n"))])
         .unix_socket()
         .prepare();
+    let mut cgroups = BTreeSet::new();
     for namespace in ["jail", "direct"] {
         let dispatcher = prepared.start();
         let (running, name) = occupy(&dispatcher, namespace);
+        cgroups.append(&mut dispatcher.cgroup_names());
         let survivors = token();
         dispatcher.run(namespace, "hog", &["survivor", &survivors]).ok();
         let processes = dispatcher.descendants();
@@ -281,6 +285,7 @@ fn the_monitors_death_is_the_end_of_all() {
     // The next start takes what was left, its socket's path included, and cleans up.
     let dispatcher = prepared.start();
     dispatcher.run("jail", "act", &[]).ok();
+    assert_eq!(host::cgroups_named(&cgroups), Vec::<PathBuf>::new(), "left by the dead ones");
     dispatcher.stop();
 }
 
@@ -346,9 +351,8 @@ fn nothing_adds_up() {
     };
     batch(total / 4);
     let before = holdings(&dispatcher);
-    let (processes, names) =
-        (dispatcher.descendants().len(), host::cgroup_names(&dispatcher.descendants()));
-    let cgroups = host::cgroups_named(&names).len();
+    let (processes, cgroups) = (dispatcher.descendants().len(), dispatcher.cgroups().len());
+    assert!(cgroups > 0, "its cgroups were found");
     let started = Instant::now();
     batch(total);
     eprintln!("{total} calls in {:?}", started.elapsed());
@@ -371,7 +375,7 @@ fn nothing_adds_up() {
     });
     assert!(gone("left-over"));
     wait_until("cgroups are as many as before", Duration::from_secs(10), || {
-        host::cgroups_named(&names).len() <= cgroups
+        dispatcher.cgroups().len() <= cgroups
     });
     dispatcher.stop();
 }

@@ -178,6 +178,7 @@ impl Prepared {
         command.current_dir(base).stdout(Stdio::piped()).stderr(log);
 
         let mut child = spawn(command);
+        let cgroups = BTreeSet::from([format!("dispatcher.{}", child.id())]);
         let count = 1 + usize::from(settings.unix_socket);
         let addresses = listening_lines(&mut child, count, base);
         Dispatcher {
@@ -186,7 +187,7 @@ impl Prepared {
                 child,
                 ended: None,
                 seen: HashSet::new(),
-                cgroups: BTreeSet::new(),
+                cgroups,
             }),
             addresses,
             directory: base.to_owned(),
@@ -393,12 +394,21 @@ impl Dispatcher {
         });
     }
 
+    /// The names of its cgroup directories, seen now or earlier.
+    pub fn cgroup_names(&self) -> BTreeSet<String> {
+        self.descendants();
+        self.state.lock().unwrap().cgroups.clone()
+    }
+
+    /// Its cgroup directories that are there now.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        host::cgroups_named(&self.cgroup_names())
+    }
+
     /// Asserts that no cgroup directory of it is left.
     #[track_caller]
     pub fn assert_no_cgroups(&self) {
-        let names = self.state.lock().unwrap().cgroups.clone();
-        assert!(!names.is_empty(), "no cgroup named dispatcher.* was ever seen");
-        assert_eq!(host::cgroups_named(&names), Vec::<PathBuf>::new(), "cgroups left over");
+        assert_eq!(self.cgroups(), Vec::<PathBuf>::new(), "cgroups left over");
     }
 }
 
