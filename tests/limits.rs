@@ -32,7 +32,7 @@ fn dispatcher() -> &'static Dispatcher {
             format!("bind = [{{ source = {:?}, target = \"/data\", read_only = true }}]", data());
         let policy = |mode: &str, limits: &str| {
             plain(&format!(
-                "mode = \"{mode}\"\n[limits]\n{limits}\n[admission]\nconcurrency = 64\n"
+                "mode = \"{mode}\"\n[limits]\n{limits}\n[admission]\nconcurrency = 64\nqueue_timeout = \"2m\"\n"
             ))
         };
         let mut policies = vec![

@@ -157,9 +157,8 @@ impl Call {
             .max_encoding_message_size(256 << 20);
         let mut request = tonic::Request::new(self.request);
         if let Some(deadline) = self.deadline {
-            // By hand: `set_timeout` would also give up here, and at the same moment.
-            let text = format!("{}m", deadline.as_millis());
-            request.metadata_mut().insert("grpc-timeout", text.parse().unwrap());
+            // The client gives up at that moment too: a reply must come before it.
+            request.set_timeout(deadline);
         }
         let started = Instant::now();
         let limit = patience(Duration::from_secs(120));

@@ -183,12 +183,7 @@ impl Prepared {
         let addresses = listening_lines(&mut child, count, base);
         Dispatcher {
             monitor: Process::read(child.id() as i32).expect("the monitor runs"),
-            state: Mutex::new(State {
-                child,
-                ended: None,
-                seen: HashSet::new(),
-                cgroups,
-            }),
+            state: Mutex::new(State { child, ended: None, seen: HashSet::new(), cgroups }),
             addresses,
             directory: base.to_owned(),
             channel: OnceLock::new(),
