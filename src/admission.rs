@@ -394,11 +394,28 @@ impl Drop for Place {
 pub struct Permit(Place);
 
 impl Permit {
-    /// Gives the place back but keeps its memory counted: something of the run
-    /// is left that could not be removed.
-    pub fn quarantine(mut self) {
+    /// Gives the place back but keeps its memory counted for as long as the
+    /// answer is held: something of the run is left that can't be removed yet.
+    #[must_use = "dropping it gives the memory back"]
+    pub fn quarantine(mut self) -> Aside {
         let memory = std::mem::take(&mut self.0.memory);
-        warn!(namespace = %self.0.namespace, memory, "a run could not be removed; its memory stays counted");
+        warn!(namespace = %self.0.namespace, memory, "a run can't be removed yet; its memory stays counted");
+        Aside { admission: self.0.admission.clone(), memory }
+    }
+}
+
+/// The memory of a run in quarantine; dropping it gives it back.
+#[derive(Debug)]
+pub struct Aside {
+    admission: Admission,
+    memory: u64,
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let mut state = self.admission.state();
+        state.memory -= self.memory;
+        state.grant();
     }
 }
 

@@ -184,7 +184,7 @@ impl Dispatcher {
             Err(error) => matches!(error, ExecuteError::Stuck(_)),
         };
         if remains {
-            permit.quarantine();
+            self.launcher.keep_until_released(facts.run, Box::new(permit.quarantine()));
         }
         let outcome = executed?;
         let (output, output_fits) = exec::output(&outcome.stdout, terms.output);

@@ -3,11 +3,11 @@
 //! The binary (`src/main.rs`) is a thin shell around this library.
 //! ARCHITECTURE.md is the map.
 
-pub mod cli;
 pub mod admission;
 pub mod artifact;
 pub mod audit;
 pub mod call;
+pub mod cli;
 pub mod config;
 pub mod dispatch;
 pub mod execute;

@@ -114,6 +114,19 @@ pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Res
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
+/// Opens a file for reading: no link is followed at the path's end, and a FIFO
+/// doesn't block; close-on-exec.
+///
+/// # Errors
+/// Those of open(2): `ELOOP` for a link.
+pub fn open_no_follow(path: &std::path::Path) -> io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+}
+
 /// The user and primary group id of a host account; `None` where there is none
 /// of this name, or the account database can't be asked.
 #[must_use]

@@ -59,7 +59,7 @@ pub(crate) fn policy(name: &str) -> Policy {
             binds: Vec::new(),
         },
         network: Network::None,
-        syscalls: SyscallPolicy { allowed: BTreeMap::new() },
+        syscalls: SyscallPolicy::default(),
         keep_capabilities: Vec::new(),
         user: String::new(),
         environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),

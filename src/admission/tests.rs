@@ -259,11 +259,13 @@ async fn a_refused_call_costs_no_rate() {
 async fn a_quarantined_run_keeps_its_memory() {
     let admission = admission(Some(1), 100);
     let caller = Caller::new(&admission, rules(1, 1)).memory(Limit::At(60));
-    caller.ask("a").await.unwrap().quarantine();
+    let aside = caller.ask("a").await.unwrap().quarantine();
     assert_eq!(admission.load(), (0, 0));
     let smaller = Caller::new(&admission, rules(1, 1)).memory(Limit::At(40));
     assert!(smaller.ask("a").await.is_ok());
     assert!(matches!(caller.ask("a").await, Err(AdmissionError::QueueTimeout { .. })));
+    drop(aside);
+    assert!(caller.ask("a").await.is_ok(), "it is gone and counts no more");
 }
 
 #[tokio::test(start_paused = true)]

@@ -37,7 +37,7 @@ pub struct ServeArgs {
 /// Runs the service until it is told to stop.
 #[must_use]
 pub fn run(args: &ServeArgs) -> ExitCode {
-    observe::start();
+    observe::init();
     let overrides = ConfigOverrides {
         listen: (!args.listen.is_empty()).then(|| args.listen.clone()),
         policies: args.policies.clone(),

@@ -8,7 +8,8 @@ use super::{ListenAddress, MemoryBudget, Reload, uids};
 use crate::{
     policy::{
         fault::{Fault, quoted},
-        kinds::{Bytes, Count, Kind, List, Shown, Text, Time, Word, Words, Wrong, toml_string},
+        kinds::{Kind, List, Shown, Text, Word, Words, Wrong, toml_string},
+        quantities::{Bytes, Count, Time},
         read::{Item, Source},
         tables::tables,
         values::AbsolutePath,

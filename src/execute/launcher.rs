@@ -38,7 +38,11 @@ const RUN_MESSAGES: usize = 4;
 #[derive(Clone, Debug, Default)]
 pub struct Launcher {
     state: Arc<watch::Sender<State>>,
+    aside: Arc<Mutex<HashMap<RunId, Option<Kept>>>>,
 }
+
+/// What a quarantined run keeps until it is gone; dropping gives it back.
+pub type Kept = Box<dyn std::any::Any + Send>;
 
 #[derive(Clone, Debug, Default)]
 struct State {
@@ -77,6 +81,8 @@ impl Launcher {
             launcher.forget(&connection);
             // Drops the senders: each waiting run learns that it is lost.
             connection.close();
+            // The next launcher sweeps what this one left.
+            launcher.aside().clear();
         });
         Ok(())
     }
@@ -99,6 +105,18 @@ impl Launcher {
     /// Has those who wait for policies look again: the server took up others.
     pub fn policies_changed(&self) {
         self.state.send_modify(|_| {});
+    }
+
+    /// Keeps something for a quarantined run until the launcher says that what
+    /// was left of it is gone, which may already be so.
+    pub fn keep_until_released(&self, run: RunId, kept: Kept) {
+        if let Some(place) = self.aside().get_mut(&run) {
+            *place = Some(kept);
+        }
+    }
+
+    fn aside(&self) -> MutexGuard<'_, HashMap<RunId, Option<Kept>>> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs one invocation to its end, or to the moment `stop` is heard and
@@ -155,9 +173,16 @@ impl Launcher {
                         policy_set: Some(policy_set),
                     });
                 }
-                FromLauncher::Refused { run, .. }
-                | FromLauncher::Started { run, .. }
-                | FromLauncher::Ended { run, .. } => connection.deliver(run, message),
+                FromLauncher::Released { run } => drop(self.aside().remove(&run)),
+                FromLauncher::Refused { run, .. } | FromLauncher::Started { run, .. } => {
+                    connection.deliver(run, message);
+                }
+                FromLauncher::Ended { run, ref end } => {
+                    if end.quarantined {
+                        self.aside().insert(run, None);
+                    }
+                    connection.deliver(run, message);
+                }
             }
         }
     }

@@ -266,7 +266,7 @@ async fn watch(
                     }
                     continue;
                 }
-                Some(FromLauncher::Ready { .. }) => continue,
+                Some(FromLauncher::Ready { .. } | FromLauncher::Released { .. }) => continue,
             },
             () = until(answer_by) => {
                 let owed = if started.is_some() { "end the run" } else { "start the run" };

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::child::{Executable, Privilege, readable};
-use crate::{jail::plan::HostUser, policy::compile, sys};
+use crate::{policy::compile, sys};
 
 /// How long reading the policies may take.
 const COMPILE_TIME: Duration = Duration::from_secs(20);
@@ -64,7 +64,7 @@ pub fn run(executable: &Executable, directory: &Path) -> Result<Compiled, Compil
 /// The main of the process: its argument is the directory, descriptor 3 the monitor.
 #[must_use]
 pub fn main(directory: &Path) -> ExitCode {
-    let loaded = match compile::load(directory, &host_user) {
+    let loaded = match compile::load(directory, &compile::host_user) {
         Ok(loaded) => loaded,
         Err(faults) => {
             for fault in faults {
@@ -104,11 +104,4 @@ pub fn memfds(loaded: &compile::Loaded) -> std::io::Result<[OwnedFd; 2]> {
         sys::sealed_memfd(c"policies", &[&policies], false)?,
         sys::sealed_memfd(c"templates", &[&templates], false)?,
     ])
-}
-
-/// Looks up a host account by name.
-#[must_use]
-pub fn host_user(name: &str) -> Option<HostUser> {
-    let user = nix::unistd::User::from_name(name).ok()??;
-    Some(HostUser { name: name.to_owned(), uid: user.uid.as_raw(), gid: user.gid.as_raw() })
 }

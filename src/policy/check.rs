@@ -11,7 +11,10 @@ use super::{
     written::{Resolved, instances},
 };
 use crate::{
-    jail::plan::{Mode, Network, Root},
+    jail::{
+        plan::{Mode, Network, Root},
+        seccomp::deadly,
+    },
     units::{Limit, Size},
 };
 
@@ -47,6 +50,7 @@ pub fn warnings(policy: &Effective) -> Vec<Fault> {
     let overrides = policy.overrides.iter().map(|special| &special.resolved);
     for holds in std::iter::once(&policy.resolved).chain(overrides) {
         large_output(holds, &mut warnings);
+        allowed_in_vain(holds, &mut warnings);
         grpc(holds, &mut warnings);
     }
     warnings
@@ -207,6 +211,19 @@ fn large_output(holds: &Resolved, warnings: &mut Vec<Fault>) {
         let message = "limits.output is above 3.9MiB, and clients take replies of 4MiB by default";
         let help = "write at most \"3.9MiB\", or make the clients' receive limit larger";
         warnings.push(Fault::new(&output.place, message, help));
+    }
+}
+
+/// What lies over every profile can be written, but not allowed.
+fn allowed_in_vain(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    for allowed in &holds.seccomp.allow.value.items {
+        let why = match allowed.value.as_str() {
+            name if deadly::is_deadly_name(name) => "ends the run under every profile",
+            "clone3" => "always answers ENOSYS: no filter can read its flags",
+            _ => continue,
+        };
+        let message = format!("seccomp.allow has {:?}, which {why}", allowed.value);
+        warnings.push(Fault::new(&allowed.place, message, "leave it out"));
     }
 }
 

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, path::Path};
 use super::{
     Admission, Artifacts, Container, Instances, Policy, PolicyFamily, PolicySet, check,
     directory::{policy_name, policy_path, profile_path, read_policies, read_text},
-    fault::{Fault, tidy},
+    fault::{Fault, Place, tidy},
     profile,
     read::Source,
     resolve::{Effective, resolve},
@@ -20,7 +20,7 @@ use crate::{
             Allowed, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template, TemplateId,
             TemplateSet,
         },
-        seccomp::{profile::default_profile, syscalls},
+        seccomp::{deadly, profile::default_profile, syscalls},
     },
     names::Digest,
     sys,
@@ -106,6 +106,19 @@ pub fn load_file(path: &Path, users: Users<'_>) -> Result<Loaded, Vec<Fault>> {
     let mut effective = resolve(&files, &mut faults);
     effective.retain(|known, _| *known == name);
     compile(directory, effective, users, faults, Vec::new())
+}
+
+/// The built-in policy alone, as `default`: what an empty file comes to.
+///
+/// # Errors
+/// None that its own test would not have found.
+pub fn built_in(users: Users<'_>) -> Result<Loaded, Vec<Fault>> {
+    let mut faults = Vec::new();
+    let name = "default";
+    let source = Source::new(Path::new("built-in"), String::new());
+    let file = PolicyFile::read(name, &source, &mut faults);
+    let effective = resolve(&[(name.to_owned(), file)].into(), &mut faults);
+    compile(Path::new(""), effective, users, faults, Vec::new())
 }
 
 fn compile(
@@ -312,11 +325,13 @@ impl Profiles<'_> {
             let read = self.read(&profile.value, holds, faults);
             self.known.insert(profile.value.clone(), read);
         }
-        let base = self.known.get(&profile.value).cloned().flatten();
-        let mut policy = base.unwrap_or_default();
+        let mut policy = self.known.get(&profile.value).cloned().flatten().unwrap_or_default();
         let number = |name: &String| syscalls::number(name);
         for call in holds.seccomp.allow.value.values().iter().filter_map(number) {
-            policy.allowed.insert(call, Allowed::Always);
+            // The filter's own rules lie over the profile: `check` warns of these.
+            if !deadly::is_deadly(call) && Some(call) != syscalls::number("clone3") {
+                policy.allowed.insert(call, Allowed::Always);
+            }
         }
         for call in holds.seccomp.deny.value.values().iter().filter_map(number) {
             policy.allowed.remove(&call);
@@ -341,8 +356,21 @@ impl Profiles<'_> {
             Ok(policy) => return Some(policy),
             Err(wrong) => wrong,
         };
-        let help = "write the OCI/Docker or seccompiler form, as an allowlist";
-        faults.extend(wrong.into_iter().map(|what| Fault::of_file(&path, what, help)));
+        faults.extend(wrong.into_iter().map(|what| profile_fault(&path, what)));
         None
     }
+}
+
+/// A fault of a profile. Where the text says the place as JSON's parser does
+/// (`… at line 3 column 7`), it becomes the fault's own.
+fn profile_fault(path: &Path, what: String) -> Fault {
+    let place = what.rsplit_once(" at line ").and_then(|(what, place)| {
+        let (line, column) = place.split_once(" column ")?;
+        let (line, column): (u32, u32) = (line.parse().ok()?, column.parse().ok()?);
+        // It counts columns from 0 where a line has just ended.
+        let place = Place::File { file: path.into(), line: line.max(1), column: column.max(1) };
+        Some((what.to_owned(), place))
+    });
+    let (what, place) = place.unwrap_or_else(|| (what, Place::start_of(path)));
+    Fault::new(&place, what, "write the OCI/Docker or seccompiler form, as an allowlist")
 }

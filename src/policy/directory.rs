@@ -3,14 +3,16 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, OpenOptions},
+    fs,
     io::{self, Read as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
-use super::{fault::Fault, read::Source};
-use crate::names::Namespace;
+use super::{
+    fault::{Fault, Place},
+    read::Source,
+};
+use crate::{names::Namespace, sys};
 
 /// Largest policy file or seccomp profile, in bytes.
 pub const FILE_MAX: u64 = 1 << 20;
@@ -90,21 +92,10 @@ pub fn read_text(path: &Path) -> Result<String, Fault> {
             "check that it is there and readable",
         )
     };
-    let kind = fs::symlink_metadata(path).map_err(fault)?.file_type();
-    if !kind.is_file() {
-        let what = match kind {
-            _ if kind.is_dir() => "a directory",
-            _ if kind.is_symlink() => "a symbolic link",
-            _ => "a device, pipe or socket",
-        };
-        return Err(Fault::of_file(path, format!("is {what}"), "put a plain file there"));
-    }
-    // It may have been replaced meanwhile: never follow a link, never block on a FIFO.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(fault)?;
+    check_plain(path, &fs::symlink_metadata(path).map_err(fault)?)?;
+    let file = sys::open_no_follow(path).map_err(fault)?;
+    // It may have been replaced meanwhile.
+    check_plain(path, &file.metadata().map_err(fault)?)?;
     let mut bytes = Vec::new();
     file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(fault)?;
     if bytes.len() as u64 > FILE_MAX {
@@ -114,6 +105,17 @@ pub fn read_text(path: &Path) -> Result<String, Fault> {
     String::from_utf8(bytes).map_err(|error| not_utf8(path, &error))
 }
 
+fn check_plain(path: &Path, metadata: &fs::Metadata) -> Result<(), Fault> {
+    let kind = metadata.file_type();
+    let what = match kind {
+        _ if kind.is_file() => return Ok(()),
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_symlink() => "a symbolic link",
+        _ => "a device, pipe or socket",
+    };
+    Err(Fault::of_file(path, format!("is {what}"), "put a plain file there"))
+}
+
 fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Fault {
     let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
     // The place of the first bad byte: the end of the text before it.
@@ -121,8 +123,7 @@ fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Fault {
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().map_or(0, |last| last.chars().count()) + 1;
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let place =
-        super::fault::Place::File { file: path.into(), line: number(line), column: number(column) };
+    let place = Place::File { file: path.into(), line: number(line), column: number(column) };
     Fault::new(&place, "is not UTF-8 text", "save the file as UTF-8")
 }
 

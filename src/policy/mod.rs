@@ -13,6 +13,7 @@ pub mod glob;
 pub mod kinds;
 pub mod outline;
 pub mod profile;
+pub mod quantities;
 pub mod read;
 pub mod resolve;
 pub mod schema;

@@ -5,10 +5,7 @@ use std::{fmt::Display, time::Duration};
 use super::{OutputFormat, Policy, Protocol};
 use crate::{
     jail::plan::{Bind, Control, Mode, Network, Root},
-    policy::{
-        kinds::{PerSecond, Text as _},
-        values::Capability,
-    },
+    policy::{kinds::Text as _, quantities::PerSecond, values::Capability},
     units::{Limit, Size, Span},
 };
 

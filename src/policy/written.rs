@@ -10,7 +10,8 @@ use super::{
     Argv, OutputFormat, Protocol,
     fault::{At, Fault, Place},
     glob::Glob,
-    kinds::{Bytes, Count, Cpus, Flag, Kind as _, Limited, List, PerSecond, Text as _, Time, Word},
+    kinds::{Flag, Kind as _, List, Text as _, Word},
+    quantities::{Bytes, Count, Cpus, Limited, PerSecond, Time},
     read::{Source, Table},
     tables::tables,
     values::*,
@@ -104,7 +105,7 @@ tables! {
         /// "default", or NAME for the file seccomp/NAME.json beside the policies.
         profile: ProfileName,
         /// System calls allowed on top of the profile.
-        allow: List<AllowedSyscall>,
+        allow: List<Syscall>,
         /// System calls that the profile loses; stronger than allow.
         deny: List<Syscall>,
     }

@@ -198,7 +198,9 @@ impl Place {
     /// it is ours to clear away, with the controllers that it was made for.
     fn adopt_leaf(&mut self, own: Option<&Path>, wanted: &[Controller]) {
         let leaf = own.filter(|own| own.file_name().is_some_and(|name| name == SUPERVISOR));
-        let Some((leaf, above)) = leaf.and_then(|leaf| Some((leaf, leaf.parent()?))) else { return };
+        let Some((leaf, above)) = leaf.and_then(|leaf| Some((leaf, leaf.parent()?))) else {
+            return;
+        };
         let on = |c: &&Controller| v2::lists(above, "cgroup.subtree_control", c.name());
         self.enabled.extend(wanted.iter().filter(on).map(|c| (above.to_owned(), *c)));
         self.supervisor = Some(leaf.to_owned());

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use super::{faults_of, load_files, policy_of};
 use crate::{
-    jail::plan::{Allowed, Limits, Mode, Network, Root},
+    jail::{
+        plan::{Allowed, Limits, Mode, Network, Root},
+        seccomp::syscalls,
+    },
     policy::{OutputFormat, Protocol},
     units::{Limit, MilliCpus, Rate},
 };
@@ -79,8 +82,8 @@ fn every_value_reaches_the_policy() {
     assert!(binds[0].read_only && !binds[1].read_only);
     assert_eq!(policy.network, Network::Loopback);
     let calls = &policy.syscalls.allowed;
-    assert_eq!(calls.get(&(libc::SYS_io_uring_setup as u32)), Some(&Allowed::Always));
-    assert_eq!(calls.get(&(libc::SYS_socket as u32)), None);
+    assert_eq!(calls.get(&syscalls::number("io_uring_setup").unwrap()), Some(&Allowed::Always));
+    assert_eq!(calls.get(&syscalls::number("socket").unwrap()), None);
     assert_eq!(policy.keep_capabilities, [13, 23]);
     assert_eq!(policy.user, "alice");
     assert!(!policy.artifacts.inline);
