@@ -6,6 +6,7 @@ pub mod exit;
 pub mod json;
 pub mod limits;
 pub mod policy;
+pub mod run;
 pub mod serve;
 pub mod version;
 
@@ -40,6 +41,8 @@ reached; 78 bad configuration. `run` and `call` give the program's own exit code
 enum Command {
     /// Start the service
     Serve(serve::ServeArgs),
+    /// Run one binary under a policy, without a service
+    Run(run::RunArgs),
     /// Make one call to a running service
     Call(call::CallArgs),
     /// Check, explain and describe policy files
@@ -75,6 +78,7 @@ const ROLES: [&std::ffi::CStr; 3] = [c"dispatch-serve", c"dispatch-launch", c"di
 fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Serve(args) => serve::run(&args),
+        Command::Run(args) => run::run(&args),
         Command::Call(args) => call::run(args),
         Command::Policy(args) => policy::run(&args),
         Command::Config(args) => config::run(&args),

@@ -1,0 +1,252 @@
+//! `dispatcher run`: one execution without a server, through the same pipeline.
+
+use std::{
+    io::{self, Write as _},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::Args;
+use prost_types::Any;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use super::{
+    call::read_input,
+    exit::{self, BAD_CONFIGURATION, USAGE},
+    json,
+    limits::LimitArgs,
+};
+use crate::{
+    admission::{Admission, Capacity},
+    config::{self, ConfigOverrides, LoadedConfig, Surroundings},
+    dispatch::{Context, Dispatcher},
+    execute::{Chunk, OutputSink, launcher::Launcher, stop::StopHandle, stop::StopSignal},
+    jail::message::LauncherConfig,
+    monitor::{PrivateLauncher, compiler},
+    names::RunId,
+    policy::{
+        compile::{self, Loaded},
+        fault::Fault,
+        store::PolicyStore,
+    },
+    server::convert,
+    wire::{ServeRequest, ServeResponse, ServiceTypeRef, serve_request::ServiceDef},
+};
+
+/// Pieces of output that may wait for a slow terminal; the program waits then.
+const CHUNKS_WAITING: usize = 16;
+
+/// Arguments of `dispatcher run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The directory of policies [default: the one that `serve` would read, if
+    /// it is there, else the built-in policy]
+    #[arg(long, value_name = "DIR", conflicts_with = "policy")]
+    policies: Option<PathBuf>,
+    /// One policy file
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Whose policy applies [default: that of --policy, else `default`]
+    #[arg(long, value_name = "NS")]
+    namespace: Option<String>,
+    /// What the program is told it is called as
+    #[arg(long, value_name = "S", default_value = "run")]
+    service: String,
+    /// Which of its methods
+    #[arg(long, value_name = "M", default_value = "main")]
+    method: String,
+    /// Standard input of the program; - for our own
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Print the report as JSON instead of the program's output
+    #[arg(long)]
+    json: bool,
+    /// What to run
+    binary: PathBuf,
+    /// Arguments for the program
+    #[arg(value_name = "ARG", trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// Why nothing ran.
+enum RunError {
+    Usage(String),
+    Configuration(Vec<Fault>),
+    Failed(String),
+}
+
+/// Runs the command.
+#[must_use]
+pub fn run(args: &RunArgs) -> ExitCode {
+    match prepare_and_run(args) {
+        Ok(response) => show(args, &response),
+        Err(RunError::Usage(what)) => exit::fail(USAGE, what),
+        Err(RunError::Failed(what)) => exit::fail(exit::REFUSED, what),
+        Err(RunError::Configuration(faults)) => {
+            for fault in faults {
+                eprintln!("{fault}");
+            }
+            exit::fail(BAD_CONFIGURATION, "the policies or the configuration are not in order")
+        }
+    }
+}
+
+fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
+    let settings = config::load(None, &ConfigOverrides::default(), &Surroundings::current())
+        .map_err(RunError::Configuration)?;
+    let (loaded, namespace) = policies(args, &settings)?;
+    for warning in &loaded.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let request = request(args, namespace)?;
+    // Before the runtime: the launcher is forked from a process with one thread.
+    let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
+    let [_, templates] =
+        compiler::memfds(&loaded).map_err(|error| failed("the policies", error))?;
+    let (launcher, socket) = PrivateLauncher::start(launcher_config(&settings), templates.as_fd())
+        .map_err(|error| failed("the launcher can't be started", error))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| failed("no runtime", error))?;
+    let response = runtime.block_on(async {
+        let client = Launcher::new();
+        client.attach(socket).map_err(|error| failed("the launcher's socket", error))?;
+        execute(args, loaded, request, client).await
+    });
+    drop(launcher); // ends it, and waits until its cgroups are gone
+    response
+}
+
+fn launcher_config(settings: &LoadedConfig) -> LauncherConfig {
+    LauncherConfig {
+        instance: std::process::id().to_string(),
+        cgroup_parent: settings.config.cgroup_parent.clone(),
+        uid_range: settings.config.uid_range,
+    }
+}
+
+/// The policies, and the namespace that the run is of.
+fn policies(args: &RunArgs, settings: &LoadedConfig) -> Result<(Loaded, String), RunError> {
+    let users = &compile::host_user;
+    let named = args.namespace.clone();
+    if let Some(file) = &args.policy {
+        let loaded = compile::load_file(file, users).map_err(RunError::Configuration)?;
+        let own = file.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        return Ok((loaded, named.or(own).unwrap_or_default()));
+    }
+    let directory = args.policies.as_ref().or_else(|| {
+        let default = &settings.config.policies;
+        default.is_dir().then_some(default)
+    });
+    let loaded = match directory {
+        Some(directory) => compile::load(directory, users),
+        None => compile::built_in(users),
+    };
+    let loaded = loaded.map_err(RunError::Configuration)?;
+    Ok((loaded, named.unwrap_or_else(|| "default".to_owned())))
+}
+
+fn request(args: &RunArgs, namespace: String) -> Result<ServeRequest, RunError> {
+    let binary = std::fs::read(&args.binary)
+        .map_err(|error| RunError::Usage(format!("{}: {error}", args.binary.display())))?;
+    let input = args
+        .input
+        .as_deref()
+        .map(|path: &Path| read_input(path).map_err(RunError::Usage))
+        .transpose()?;
+    Ok(ServeRequest {
+        service: Some(ServiceTypeRef {
+            namespace: namespace.clone(),
+            service_name: args.service.clone(),
+        }),
+        namespace,
+        method_name: args.method.clone(),
+        input: input.map(|value| Any { type_url: String::new(), value }),
+        service_def: Some(ServiceDef::ServiceBinary(binary.into())),
+        options: Some(args.limits.options(args.args.clone())),
+        ..Default::default()
+    })
+}
+
+async fn execute(
+    args: &RunArgs,
+    loaded: Loaded,
+    request: ServeRequest,
+    launcher: Launcher,
+) -> Result<ServeResponse, RunError> {
+    // One call: nothing to share, so nothing to ration.
+    let admission = Admission::new(Capacity { runs: None, memory: u64::MAX });
+    let dispatcher =
+        Dispatcher::new(Arc::new(PolicyStore::new(loaded.set)), admission, launcher, 0);
+    let stop = StopHandle::new();
+    let (sink, printer) = if args.json { (None, None) } else { live_output() };
+    let context = Context {
+        run: RunId::random().map_err(|error| RunError::Failed(error.to_string()))?,
+        deadline: None,
+        stop: StopSignal::of(&stop),
+        sink,
+        reservation: None,
+    };
+    let cancel = tokio::spawn(cancel_on_signal(stop));
+    let reply = dispatcher.dispatch(convert::call(request), context).await;
+    cancel.abort();
+    if let Some(printer) = printer {
+        // It ends with the sink; a printer that failed has printed what it could.
+        printer.await.ok();
+    }
+    Ok(convert::response(reply, "").0)
+}
+
+type Printer = tokio::task::JoinHandle<()>;
+
+/// Passes the program's output on as it comes.
+fn live_output() -> (Option<OutputSink>, Option<Printer>) {
+    let (sink, mut chunks) = mpsc::channel(CHUNKS_WAITING);
+    let printer = tokio::task::spawn_blocking(move || {
+        while let Some(chunk) = chunks.blocking_recv() {
+            // A reader that went away (`| head`) doesn't stop the program.
+            match chunk {
+                Chunk::Stdout(bytes) => {
+                    let mut stdout = io::stdout().lock();
+                    stdout.write_all(&bytes).and_then(|()| stdout.flush()).ok();
+                }
+                Chunk::Stderr(bytes) => io::stderr().write_all(&bytes).unwrap_or_default(),
+            }
+        }
+    });
+    (Some(sink), Some(printer))
+}
+
+async fn cancel_on_signal(stop: StopHandle) {
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    stop.stop();
+    std::future::pending::<()>().await;
+}
+
+fn show(args: &RunArgs, response: &ServeResponse) -> ExitCode {
+    let report = response.report.clone().unwrap_or_default();
+    if args.json {
+        writeln!(io::stdout(), "{:#}", json::report(&report)).ok();
+    }
+    let code = exit::code(&report);
+    if code != 0 {
+        eprintln!("{}", exit::line(&report, &response.status.clone().unwrap_or_default()));
+    }
+    ExitCode::from(code)
+}
