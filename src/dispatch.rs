@@ -99,6 +99,29 @@ pub struct Finished {
     pub output_fits: bool,
 }
 
+impl Reply {
+    /// The reply to a call of which nothing is known but its id.
+    #[must_use]
+    pub fn unknown(run: RunId, error: CallError) -> Self {
+        Self { facts: Facts::new(run), result: Err(error) }
+    }
+}
+
+impl Facts {
+    fn new(run: RunId) -> Self {
+        Self {
+            run,
+            queue_time: Duration::ZERO,
+            mode: None,
+            artifact: None,
+            policy: None,
+            policy_set: None,
+            terms: None,
+            ignored_context: Vec::new(),
+        }
+    }
+}
+
 impl Dispatcher {
     /// A dispatcher that decides by `policies` and executes by `launcher`, and
     /// keeps up to `artifact_cache` bytes of executables.
@@ -115,16 +138,8 @@ impl Dispatcher {
     /// Takes one call to its reply. It is stopped through its context's signal;
     /// dropping the future also ends the run, but then nobody learns how.
     pub async fn dispatch(&self, call: Result<Call, FormError>, context: Context) -> Reply {
-        let mut facts = Facts {
-            run: context.run,
-            queue_time: Duration::ZERO,
-            mode: None,
-            artifact: None,
-            policy: None,
-            policy_set: Some(self.policies.current().digest),
-            terms: None,
-            ignored_context: Vec::new(),
-        };
+        let mut facts = Facts::new(context.run);
+        facts.policy_set = Some(self.policies.current().digest);
         let result = match call {
             Ok(call) => self.decide_by_current(call, context, &mut facts).await,
             Err(malformed) => Err(malformed.into()),

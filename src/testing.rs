@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     call::{AskedLimits, Call, Source},
+    config::{Config, MemoryBudget, Reload},
     jail::plan::{Filesystem, Limits, Mode, Network, Root, SyscallPolicy, TemplateId},
     names::Digest,
     policy::{
@@ -96,4 +97,28 @@ pub(crate) fn policy_set(policies: impl IntoIterator<Item = Policy>) -> PolicySe
         .map(|base| (base.id.policy.clone(), PolicyFamily { base, overrides: Vec::new() }))
         .collect();
     PolicySet { digest: Digest::of(format!("{policies:?}").as_bytes()), policies }
+}
+
+/// The server's defaults, with nothing to listen on.
+pub(crate) fn config() -> Config {
+    Config {
+        id: "test".to_owned(),
+        listen: Vec::new(),
+        health_listen: None,
+        socket_mode: 0o660,
+        socket_group: String::new(),
+        drain_timeout: Duration::from_secs(45),
+        concurrency: 0,
+        memory: MemoryBudget::Bytes(8 << 30),
+        inflight_bytes: 1 << 30,
+        max_connections: 1024,
+        cgroup_parent: String::new(),
+        uid_range: (2_000_000, 2_065_535),
+        policies: "/etc/dispatcher/policies".into(),
+        reload: Reload::Signal,
+        state: "/var/lib/dispatcher".into(),
+        artifact_cache: 256 << 20,
+        docker_socket: "/var/run/docker.sock".into(),
+        insecure: false,
+    }
 }

@@ -6,7 +6,7 @@ use super::CallError;
 use crate::{
     call::{Call, Source},
     jail::plan::Mode,
-    policy::{OutputFormat, Policy, PolicySet, Protocol, glob::Glob},
+    policy::{OutputFormat, Policy, PolicySet, Protocol},
     units::{Limit, MilliCpus, Size, Span},
 };
 
@@ -81,8 +81,7 @@ pub fn check_built(policy: &Policy, mode: Mode) -> Result<(), CallError> {
 
 fn check_service(call: &Call, policy: &Policy) -> Result<(), CallError> {
     let (service, method) = (call.service.as_str(), call.method.as_str());
-    let allows = |glob: &String| Glob::parse(glob).is_ok_and(|glob| glob.matches(service, method));
-    if policy.services.iter().any(allows) {
+    if policy.serves(service, method) {
         return Ok(());
     }
     Err(CallError::ServiceNotAllowed {
