@@ -6,7 +6,11 @@ use std::{
     ffi::CStr,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt as _,
+    },
+    process::{Child, Command},
     ptr,
 };
 
@@ -144,6 +148,37 @@ pub unsafe fn inherited_fd(fd: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+/// Puts a signal's disposition back to its default. One that is ignored, as a
+/// shell ignores SIGINT for its background jobs, never reaches a signalfd.
+///
+/// # Errors
+/// Those of sigaction(2).
+pub fn default_signal(signal: nix::sys::signal::Signal) -> io::Result<()> {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: installs no handler.
+    unsafe { sigaction(signal, &default) }?;
+    Ok(())
+}
+
+/// Starts a command; `prepare` runs in the child between fork and exec, and its
+/// error is this function's.
+///
+/// # Errors
+/// Those of fork(2) and exec(2), and where this process has a second thread: a
+/// forked child may then find a lock taken for ever.
+pub fn spawn_prepared(
+    command: &mut Command,
+    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<Child> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other("this process has more than one thread already"));
+    }
+    // SAFETY: with one thread, the child's copy of our memory is consistent.
+    unsafe { command.pre_exec(prepare) };
+    command.spawn()
+}
+
 // What follows runs in cloned children too: only system calls, no allocation.
 
 /// Ends this process at once: no destructor, no exit handler.
@@ -231,6 +266,16 @@ pub fn close_range(first: u32, last: u32) -> io::Result<()> {
     }
     // SAFETY: callers own every descriptor of the range.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+}
+
+/// Has every descriptor from `first` on closed by the next exec.
+///
+/// # Errors
+/// Those of close_range(2): EINVAL before Linux 5.11.
+pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+    let flag = libc::CLOSE_RANGE_CLOEXEC;
+    // SAFETY: sets a flag on descriptors, if there are any.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flag) }).map(drop)
 }
 
 /// Blocks every signal, sigprocmask(2).

@@ -4,6 +4,8 @@ use std::{fmt::Display, process::ExitCode};
 
 use crate::wire::{ExecutionReport, Status, Verdict};
 
+/// The thing checked is wrong, or the service could not be kept up.
+pub const FAILURE: u8 = 1;
 /// The command line is wrong; clap's own.
 pub const USAGE: u8 = 2;
 /// The server can't be reached (sysexits: EX_UNAVAILABLE).

@@ -66,9 +66,7 @@ pub fn main() -> ExitCode {
     match role {
         "dispatch-serve" => server::main(),
         "dispatch-launch" => jail::launcher::main(),
-        "dispatch-compile" => {
-            monitor::compiler::main(Path::new(&arguments.next().unwrap_or_default()))
-        }
+        "dispatch-compile" => monitor::compile::main(),
         _ => run(Cli::parse()),
     }
 }

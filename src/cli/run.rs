@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, Write as _},
-    os::fd::AsFd,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -27,7 +26,7 @@ use crate::{
     dispatch::{Context, Dispatcher},
     execute::{Chunk, OutputSink, launcher::Launcher, stop::StopHandle, stop::StopSignal},
     jail::message::LauncherConfig,
-    monitor::{PrivateLauncher, compiler},
+    monitor,
     names::RunId,
     policy::{
         compile::{self, Loaded},
@@ -99,7 +98,9 @@ pub fn run(args: &RunArgs) -> ExitCode {
 }
 
 fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
-    let settings = config::load(None, &ConfigOverrides::default(), &Surroundings::current())
+    // Where it would listen is of no concern here.
+    let overrides = ConfigOverrides { insecure: Some(true), ..ConfigOverrides::default() };
+    let settings = config::load(None, &overrides, &Surroundings::current())
         .map_err(RunError::Configuration)?;
     let (loaded, namespace) = policies(args, &settings)?;
     for warning in &loaded.warnings {
@@ -108,9 +109,8 @@ fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
     let request = request(args, namespace)?;
     // Before the runtime: the launcher is forked from a process with one thread.
     let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
-    let [_, templates] =
-        compiler::memfds(&loaded).map_err(|error| failed("the policies", error))?;
-    let (launcher, socket) = PrivateLauncher::start(launcher_config(&settings), templates.as_fd())
+    let mut launcher = launcher_config(&settings)
+        .and_then(|config| monitor::spawn_launcher(config, &loaded.templates))
         .map_err(|error| failed("the launcher can't be started", error))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -118,19 +118,24 @@ fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
         .map_err(|error| failed("no runtime", error))?;
     let response = runtime.block_on(async {
         let client = Launcher::new();
-        client.attach(socket).map_err(|error| failed("the launcher's socket", error))?;
+        let socket = launcher.take_server_socket();
+        let attached = socket.map_or(Ok(()), |socket| client.attach(socket));
+        attached.map_err(|error| failed("the launcher's socket", error))?;
         execute(args, loaded, request, client).await
     });
-    drop(launcher); // ends it, and waits until its cgroups are gone
+    // Its runs and their cgroups go with it.
+    if let Err(error) = launcher.end() {
+        eprintln!("warning: {error}");
+    }
     response
 }
 
-fn launcher_config(settings: &LoadedConfig) -> LauncherConfig {
-    LauncherConfig {
-        instance: std::process::id().to_string(),
+fn launcher_config(settings: &LoadedConfig) -> io::Result<LauncherConfig> {
+    Ok(LauncherConfig {
+        instance: monitor::instance()?,
         cgroup_parent: settings.config.cgroup_parent.clone(),
         uid_range: settings.config.uid_range,
-    }
+    })
 }
 
 /// The policies, and the namespace that the run is of.

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::exit::{self, BAD_CONFIGURATION};
+use super::exit::{self, BAD_CONFIGURATION, FAILURE};
 use crate::{
     config::{self, ConfigOverrides, Surroundings},
     monitor, observe,
@@ -57,8 +57,9 @@ pub fn run(args: &ServeArgs) -> ExitCode {
     for (setting, value, place) in &loaded.settings {
         tracing::info!(target: "config", "{setting} = {value} ({place})");
     }
-    match monitor::run(loaded.config) {
+    match monitor::run(&loaded.config) {
         Ok(code) => code,
-        Err(error) => exit::fail(BAD_CONFIGURATION, error),
+        Err(error) if error.is_configuration() => exit::fail(BAD_CONFIGURATION, error),
+        Err(error) => exit::fail(FAILURE, error),
     }
 }

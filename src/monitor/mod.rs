@@ -1,67 +1,89 @@
-//! `dispatcher serve`: the monitor.
+//! The monitor: `dispatcher` as started by `serve`.
 //!
-//! Tiny on purpose. It binds the sockets, has the policies compiled, starts
-//! launcher and server and starts them again when they die, and passes signals
-//! on. It has one thread, and never reads a byte that a stranger sent.
+//! It binds the listening sockets and keeps them, has the policies compiled,
+//! starts the server and the launcher, joins them by a socketpair, starts them
+//! again when they die, and passes signals on. It is single-threaded, and parses
+//! nothing that a stranger sent.
 //!
-//! ```text
-//!            SIGTERM                 server gone            launcher gone
-//!   Serving ─────────► Draining ───────────────► Farewell ───────────────► exit 0
-//!      └── SIGTERM twice: both are killed at once ──────────────────────────►
-//! ```
+//! | file | what |
+//! | --- | --- |
+//! | `state` | what is done when: a state machine without any system call |
+//! | `wait` | what happened, as that machine's events |
+//! | `process`, `privilege` | starting a child, and what it gives up |
+//! | `compile` | the compiler of policies, both sides of it |
+//! | `listen` | the listening sockets |
+//! | `peer`, `launcher` | talking to a child; a launcher for `dispatcher run` |
+//! | `signals`, `watch`, `notify`, `storage`, `backoff` | what they say |
+//!
+//! Two deaths are prepared for. That of the monitor itself: each child asked
+//! for SIGKILL in that case, and sees the end of its socket. That of a child:
+//! its peers see the end of theirs, what ran is ended, and a new one is started.
 
-pub mod child;
-pub mod compiler;
-pub mod listen;
+mod backoff;
+pub mod compile;
+mod launcher;
+mod listen;
 mod notify;
+mod peer;
+mod privilege;
+mod process;
+mod signals;
+mod state;
+mod storage;
+mod wait;
 mod watch;
 
 use std::{
+    collections::VecDeque,
     io::{self, Write as _},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use nix::sys::{
-    signal::{SigSet, Signal},
-    signalfd::{SfdFlags, SignalFd},
-};
-use rustix::event::{PollFd, PollFlags};
+pub use launcher::{LauncherHandle, instance, spawn_launcher};
 
 use self::{
-    child::{Child, Executable, Privilege},
-    compiler::Compiled,
-    listen::Listener,
+    compile::{Compilation, CompileError, Compiled},
+    listen::{ListenError, Listeners},
+    notify::Notifier,
+    peer::Peer,
+    process::{Executable, Privilege, Process, Spawn},
+    signals::Signals,
+    state::{Action, Event, Role, State},
     watch::Watch,
 };
 use crate::{
-    config::{Config, Reload},
-    jail::message::{FromMonitor as ToLauncher, LauncherConfig},
-    server::message::{FromMonitor as ToServer, FromServer},
+    config::{Config, ListenAddress, Reload},
+    jail::message as to_launcher,
+    server::message as to_server,
     sys,
 };
 
-/// First pause before a dead process is started again; doubled up to the longest.
-const BACKOFF_FIRST: Duration = Duration::from_millis(10);
-const BACKOFF_LONGEST: Duration = Duration::from_secs(5);
-/// A process that lived so long died of something else than its start.
-const BACKOFF_RESET: Duration = Duration::from_secs(60);
-/// What the server gets on top of its drain timeout before it is killed.
-const DRAIN_SLACK: Duration = Duration::from_secs(10);
-/// How long the launcher may take to end its runs and remove its cgroups.
-const FAREWELL: Duration = Duration::from_secs(8);
+/// The server's name and argv[0].
+pub const SERVER: &str = "dispatch-serve";
 
-/// Why the service can't start; `dispatcher serve` then exits with 78.
+/// The launcher's name and argv[0].
+pub const LAUNCHER: &str = launcher::NAME;
+
+/// Why the service can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The policies.
+    /// It was told to stop before it had started.
+    #[error("told to stop while starting")]
+    Stopped,
+    /// There are no policies.
     #[error(transparent)]
-    Compile(#[from] compiler::CompileError),
-    /// An address.
-    #[error(transparent)]
-    Listen(#[from] listen::ListenError),
-    /// Something the system refused.
+    Compile(#[from] CompileError),
+    /// An address can't be listened on.
+    #[error("can't listen on {address}: {error}")]
+    Listen {
+        /// As configured.
+        address: ListenAddress,
+        /// Why.
+        error: ListenError,
+    },
+    /// The system refused something.
     #[error("{what}: {error}")]
     System {
         /// What was being done.
@@ -71,446 +93,294 @@ pub enum StartError {
     },
 }
 
-fn system(what: &'static str) -> impl Fn(io::Error) -> StartError {
-    move |error| StartError::System { what, error }
+impl StartError {
+    /// Whether it is for whoever wrote the configuration or the policies to mend.
+    #[must_use]
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Compile(error) => matches!(error, CompileError::Faults),
+            Self::Listen { error, .. } => error.is_configuration(),
+            Self::Stopped | Self::System { .. } => false,
+        }
+    }
+
+    fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::System { what, error }
+    }
 }
 
-/// Runs the service until it is told to stop.
+/// Runs the service until it is told to stop. Call it while there is one thread.
 ///
 /// # Errors
 /// [`StartError`], before anything is served.
-pub fn run(config: Config) -> Result<ExitCode, StartError> {
-    let executable = Executable::own().map_err(system("/proc/self/exe"))?;
-    let compiled = compiler::run(&executable, &config.policies)?;
-    let listeners = config
-        .listen
-        .iter()
-        .chain(&config.health_listen)
-        .map(|address| Listener::bind(address, config.socket_mode, &config.socket_group))
-        .collect::<Result<Vec<_>, _>>()?;
-    let signals = signals().map_err(|error| system("signalfd")(error.into()))?;
-    let watch = match config.reload {
-        Reload::Watch => {
-            Some(Watch::over(&config.policies).map_err(|error| system("inotify")(error.into()))?)
-        }
-        Reload::Signal => None,
-    };
-    let mut monitor = Monitor {
-        config,
-        executable,
-        compiled,
-        listeners,
-        signals,
-        watch,
-        launcher: Slot::default(),
-        server: Slot::default(),
-        announced: false,
-        draining: None,
-    };
-    Ok(monitor.serve())
-}
-
-fn signals() -> nix::Result<SignalFd> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set.thread_block()?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-/// A process that should be there, and when it may be started (again).
-#[derive(Debug)]
-struct Slot {
-    child: Option<Child>,
-    start_at: Instant,
-    backoff: Duration,
-}
-
-impl Default for Slot {
-    fn default() -> Self {
-        Self { child: None, start_at: Instant::now(), backoff: BACKOFF_FIRST }
+pub fn run(config: &Config) -> Result<ExitCode, StartError> {
+    match Monitor::start(config) {
+        Ok(mut monitor) => Ok(ExitCode::from(monitor.serve())),
+        Err(StartError::Stopped) => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error),
     }
 }
 
-impl Slot {
-    /// Its process ended: decides when the next may start.
-    fn ended(&mut self, now: Instant) {
-        let lived = self.child.take().map_or(Duration::ZERO, |child| now - child.started);
-        if lived >= BACKOFF_RESET {
-            self.backoff = BACKOFF_FIRST;
-        }
-        self.start_at = now + self.backoff;
-        self.backoff = (self.backoff * 2).min(BACKOFF_LONGEST);
-    }
-
-    fn is_due(&self, now: Instant) -> bool {
-        self.child.is_none() && self.start_at <= now
-    }
-}
-
-struct Monitor {
-    config: Config,
+struct Monitor<'a> {
+    config: &'a Config,
     executable: Executable,
-    compiled: Compiled,
-    listeners: Vec<Listener>,
-    signals: SignalFd,
+    signals: Signals,
+    notifier: Notifier,
+    /// `None` from the moment that the end begins.
+    listeners: Option<Listeners>,
+    policies: Compiled,
+    compilation: Option<Compilation>,
     watch: Option<Watch>,
-    launcher: Slot,
-    server: Slot,
-    announced: bool,
-    /// When the server is killed if it has not drained by then.
-    draining: Option<Instant>,
+    instance: String,
+    /// The server's own user and group, where it has one.
+    server_id: Option<u32>,
+    server: Option<Peer>,
+    launcher: Option<Peer>,
 }
 
-impl Monitor {
-    fn serve(&mut self) -> ExitCode {
+impl<'a> Monitor<'a> {
+    /// Everything up to the first child. Bad configuration is told before
+    /// anything is bound.
+    fn start(config: &'a Config) -> Result<Self, StartError> {
+        let system = StartError::system;
+        rustix::thread::set_name(c"dispatcher").map_err(|e| system("prctl")(e.into()))?;
+        // First of all: from here on an end is orderly.
+        let signals = Signals::take().map_err(system("signals"))?;
+        let executable = Executable::own().map_err(system("/proc/self/exe"))?;
+        let notifier = Notifier::from_environment().map_err(system("$NOTIFY_SOCKET"))?;
+        // Watching before reading, so that no change is missed; but what the
+        // policies' faults say about a missing directory is clearer.
+        let watch = (config.reload == Reload::Watch).then(|| Watch::new(&config.policies));
+        let policies = wait::first_policies(&executable, &signals, &config.policies)?;
+        let watch = watch.transpose().map_err(system("watching the policies"))?;
+        tracing::info!(digest = %policies.digest, "policies of {}", config.policies.display());
+        let server_id = privilege::server_id(config.uid_range);
+        let unusable =
+            storage::prepare(&config.state, server_id).map_err(system("the state directory"))?;
+        if let Some(why) = unusable {
+            tracing::warn!("{why}");
+        }
+        let listeners = Listeners::bind(config)
+            .map_err(|(address, error)| StartError::Listen { address, error })?;
+        Ok(Self {
+            config,
+            executable,
+            signals,
+            notifier,
+            listeners: Some(listeners),
+            policies,
+            compilation: None,
+            watch,
+            instance: instance().map_err(system("getrandom"))?,
+            server_id,
+            server: None,
+            launcher: None,
+        })
+    }
+
+    /// Waits, decides, acts; to the end.
+    fn serve(&mut self) -> u8 {
+        let (mut state, first) = State::start(self.config.drain_timeout, Instant::now());
+        let mut actions = VecDeque::from(first);
+        let mut events = VecDeque::new();
         loop {
-            let now = Instant::now();
-            if self.draining.is_none() {
-                self.start_what_is_missing(now);
-            } else if self.server.child.is_none() {
-                return self.farewell();
-            }
-            let ready = self.wait();
-            if ready.signals {
-                self.on_signals();
-            }
-            if ready.watch || self.watch.as_ref().is_some_and(|watch| watch.settled()) {
-                self.on_watch();
-            }
-            if ready.server_speaks {
-                self.on_server_speaks();
-            }
-            self.collect_the_dead();
-            if self.draining.is_some_and(|deadline| deadline <= Instant::now()) {
-                tracing::error!("the server has not drained in time: killing it");
-                kill(&self.server);
-                self.draining = Some(Instant::now() + DRAIN_SLACK);
-            }
-        }
-    }
-
-    // Starting.
-
-    fn start_what_is_missing(&mut self, now: Instant) {
-        let mut fresh = false;
-        // The launcher first: it makes room in our cgroup, which the server then shares.
-        if self.launcher.is_due(now) {
-            fresh |= self.start_launcher(now);
-        }
-        if self.server.is_due(now) {
-            fresh |= self.start_server(now);
-        }
-        if fresh {
-            self.introduce();
-        }
-    }
-
-    fn start_launcher(&mut self, now: Instant) -> bool {
-        let config = self.launcher_config();
-        let started = start_launcher(&self.executable, config).and_then(|child| {
-            child.send(&ToLauncher::Policies, &[self.compiled.templates.as_fd()])?;
-            Ok(child)
-        });
-        install(&mut self.launcher, "dispatch-launch", started, now)
-    }
-
-    fn launcher_config(&self) -> LauncherConfig {
-        LauncherConfig {
-            instance: std::process::id().to_string(),
-            cgroup_parent: self.config.cgroup_parent.clone(),
-            uid_range: self.config.uid_range,
-        }
-    }
-
-    fn start_server(&mut self, now: Instant) -> bool {
-        // The last uid of the range is the server's own: strangers talk to it,
-        // so it has no privilege and shares its uid with nobody.
-        let privilege = if rustix::process::geteuid().is_root() {
-            Privilege::Drop(self.config.uid_range.1)
-        } else {
-            Privilege::Keep
-        };
-        let configure = ToServer::Configure {
-            config: Box::new(self.config.clone()),
-            listeners: self
-                .listeners
-                .iter()
-                .take(self.config.listen.len())
-                .map(|listener| listener.address.clone())
-                .collect(),
-            health: self.config.health_listen.is_some(),
-        };
-        let sockets: Vec<BorrowedFd<'_>> = self.listeners.iter().map(AsFd::as_fd).collect();
-        let started = self.executable.start("dispatch-serve", &[], privilege).and_then(|child| {
-            child.send(&configure, &sockets)?;
-            child.send(&ToServer::Policies, &[self.compiled.policies.as_fd()])?;
-            Ok(child)
-        });
-        install(&mut self.server, "dispatch-serve", started, now)
-    }
-
-    /// Gives server and launcher a fresh socketpair with each other.
-    fn introduce(&mut self) {
-        let (Some(launcher), Some(server)) = (&self.launcher.child, &self.server.child) else {
-            return;
-        };
-        let introduced = sys::seqpacket_pair().and_then(|(for_launcher, for_server)| {
-            launcher.send(&ToLauncher::Server, &[for_launcher.as_fd()])?;
-            server.send(&ToServer::Launcher, &[for_server.as_fd()])
-        });
-        if let Err(error) = introduced {
-            // One of them died meanwhile; its successor is introduced again.
-            tracing::warn!("launcher and server can't be introduced: {error}");
-        }
-    }
-
-    // Waiting.
-
-    fn wait(&self) -> Ready {
-        let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
-        let children = [&self.launcher, &self.server].map(|slot| slot.child.as_ref());
-        fds.extend(children.iter().flatten().map(|child| PollFd::new(&child.pidfd, PollFlags::IN)));
-        let watch_at = fds.len();
-        fds.extend(self.watch.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
-        let server_at = fds.len();
-        fds.extend(children[1].map(|child| PollFd::new(&child.socket, PollFlags::IN)));
-        let timeout = self.next_deadline().map(|at| {
-            let left = at.saturating_duration_since(Instant::now());
-            rustix::event::Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: i64::from(left.subsec_nanos()),
-            }
-        });
-        // An interruption looks as if nothing was ready, which is right.
-        rustix::event::poll(&mut fds, timeout.as_ref()).ok();
-        let readable =
-            |index: usize| fds.get(index).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
-        Ready {
-            signals: readable(0),
-            watch: self.watch.is_some() && readable(watch_at),
-            server_speaks: readable(server_at),
-        }
-    }
-
-    fn next_deadline(&self) -> Option<Instant> {
-        let restarts = [&self.launcher, &self.server]
-            .into_iter()
-            .filter(|slot| slot.child.is_none() && self.draining.is_none())
-            .map(|slot| slot.start_at);
-        let settles = self.watch.as_ref().and_then(Watch::settles_at);
-        restarts.chain(settles).chain(self.draining).min()
-    }
-
-    fn collect_the_dead(&mut self) {
-        let now = Instant::now();
-        for slot in [&mut self.launcher, &mut self.server] {
-            let Some(child) = &slot.child else { continue };
-            if let Some(how) = child.ended() {
-                if self.draining.is_none() {
-                    tracing::error!("{} {how}; starting it again", child.name);
+            while let Some(action) = actions.pop_front() {
+                if let Action::Exit(code) = action {
+                    return code;
                 }
-                slot.ended(now);
+                if let Err(error) = self.perform(action, &mut events) {
+                    tracing::error!(%error, "{action:?} failed");
+                }
+            }
+            if events.is_empty() {
+                if let Err(error) = self.wait(state.deadline(), &mut events) {
+                    // Without poll(2) there is nothing left to do; the children go with us.
+                    tracing::error!(%error, "waiting failed");
+                    return 1;
+                }
+            }
+            if let Some(event) = events.pop_front() {
+                actions.extend(state.on(event, Instant::now()));
             }
         }
     }
 
-    // What happens.
-
-    fn on_signals(&mut self) {
-        while let Ok(Some(signal)) = self.signals.read_signal() {
-            if signal.ssi_signo == Signal::SIGHUP as u32 {
-                self.reload();
-            } else if self.draining.is_none() {
-                self.drain();
-            } else {
-                tracing::warn!("told to stop again: killing what still runs");
-                kill(&self.server);
+    fn perform(&mut self, action: Action, events: &mut VecDeque<Event>) -> io::Result<()> {
+        match action {
+            Action::Start(role) => {
+                if let Err(error) = self.start_process(role) {
+                    tracing::error!(%error, "{} can't be started", name(role));
+                    events.push_back(Event::Gone { role, clean: false });
+                }
             }
-        }
-    }
-
-    fn drain(&mut self) {
-        tracing::info!("draining");
-        notify::tell("STOPPING=1");
-        self.draining = Some(Instant::now() + self.config.drain_timeout + DRAIN_SLACK);
-        if let Some(server) = &self.server.child
-            && server.send(&ToServer::Drain, &[]).is_err()
-        {
-            server.kill();
-        }
-    }
-
-    fn on_watch(&mut self) {
-        if let Some(watch) = &mut self.watch
-            && watch.changed()
-        {
-            self.reload();
-        }
-    }
-
-    /// The whole set or, where one file is wrong, none of it.
-    fn reload(&mut self) {
-        notify::reloading();
-        match compiler::run(&self.executable, &self.config.policies) {
-            Ok(compiled) => {
-                self.compiled = compiled;
-                self.hand_out_policies();
-                tracing::info!("policies reloaded");
+            Action::Configure(role) => {
+                let told = self.configure(role).and_then(|()| self.send_policies(role));
+                // A process that takes no messages is of no use.
+                told.or_else(|error| self.give_up(role, &error))?;
             }
-            Err(error) => tracing::error!("{error}; the earlier policies stay in force"),
+            Action::Connect => self.connect()?,
+            Action::Announce => self.announce(),
+            Action::Compile => {
+                self.notifier.reloading();
+                match Compilation::start(&self.executable, &self.config.policies) {
+                    Ok(compilation) => self.compilation = Some(compilation),
+                    Err(error) => events.push_back(wait::compiled(Err(error.into()))),
+                }
+            }
+            Action::SendPolicies => {
+                // The launcher first: it must know what the server decides by.
+                for role in [Role::Launcher, Role::Server] {
+                    self.send_policies(role).or_else(|error| self.give_up(role, &error))?;
+                }
+            }
+            Action::Reloaded => self.notifier.ready(),
+            Action::Stopping => {
+                tracing::info!("stopping: no new calls, those that run may finish");
+                self.notifier.stopping();
+                self.compilation = None;
+                self.watch = None;
+            }
+            Action::Drain => {
+                let told = match &self.server {
+                    Some(server) => server.send(&to_server::FromMonitor::Drain, &[]),
+                    None => Ok(()),
+                };
+                told.or_else(|error| self.give_up(Role::Server, &error))?;
+            }
+            Action::End => {
+                self.listeners = None;
+                if let Some(launcher) = &mut self.launcher {
+                    launcher.close();
+                }
+            }
+            Action::Kill(role) => self.kill(role)?,
+            Action::Exit(_) => {}
         }
-        notify::tell("READY=1");
+        Ok(())
     }
 
-    fn hand_out_policies(&self) {
-        // The launcher first: it must know what the server will decide by.
-        let told_launcher = self.launcher.child.as_ref().map(|launcher| {
-            launcher.send(&ToLauncher::Policies, &[self.compiled.templates.as_fd()])
-        });
-        let told_server = self
-            .server
-            .child
-            .as_ref()
-            .map(|server| server.send(&ToServer::Policies, &[self.compiled.policies.as_fd()]));
-        for error in [told_launcher, told_server].into_iter().flatten().filter_map(Result::err) {
-            // It died: its successor gets them at its start.
-            tracing::warn!("a process could not be told of the new policies: {error}");
-        }
-    }
-
-    fn on_server_speaks(&mut self) {
-        let Some(server) = &self.server.child else { return };
-        let mut buffer = [0; 64];
-        let Ok(Some((length, _))) = sys::receive_packet(&server.socket, &mut buffer) else {
-            return; // its end is seen by its pidfd
+    fn start_process(&mut self, role: Role) -> io::Result<()> {
+        let (slot, started) = match role {
+            Role::Launcher => (&mut self.launcher, launcher::start(&self.executable)?),
+            Role::Server => {
+                let started = start_server(&self.executable, self.server_id)?;
+                (&mut self.server, started)
+            }
         };
-        match postcard::from_bytes(&buffer[..length]) {
-            Ok(FromServer::Ready) if !self.announced => self.announce(),
-            Ok(FromServer::Ready) => tracing::info!("the server is back"),
-            Err(error) => tracing::warn!("the server said something unknown: {error}"),
+        tracing::info!(pid = started.0.pid(), "{} started", name(role));
+        *slot = Some(Peer::new(started)?);
+        Ok(())
+    }
+
+    fn configure(&self, role: Role) -> io::Result<()> {
+        let Some(peer) = self.peer(role) else { return Ok(()) };
+        match role {
+            Role::Launcher => {
+                let config = to_launcher::LauncherConfig {
+                    instance: self.instance.clone(),
+                    cgroup_parent: self.config.cgroup_parent.clone(),
+                    uid_range: self.config.uid_range,
+                };
+                peer.send(&to_launcher::FromMonitor::Configure(config), &[])
+            }
+            Role::Server => {
+                // None where the end has begun: no server is started then.
+                let Some(listeners) = &self.listeners else { return Ok(()) };
+                let configure = to_server::FromMonitor::Configure {
+                    config: Box::new(self.config.clone()),
+                    listeners: listeners.addresses(),
+                    health: listeners.health_address().is_some(),
+                };
+                peer.send(&configure, &listeners.sockets())
+            }
         }
     }
 
-    fn announce(&mut self) {
-        self.announced = true;
+    fn send_policies(&self, role: Role) -> io::Result<()> {
+        let Some(peer) = self.peer(role) else { return Ok(()) };
+        match role {
+            Role::Launcher => {
+                let templates = self.policies.templates()?;
+                peer.send(&to_launcher::FromMonitor::Policies, &[templates.as_fd()])
+            }
+            Role::Server => {
+                let set = self.policies.set()?;
+                peer.send(&to_server::FromMonitor::Policies, &[set.as_fd()])
+            }
+        }
+    }
+
+    fn connect(&self) -> io::Result<()> {
+        let (Some(server), Some(launcher)) = (&self.server, &self.launcher) else {
+            return Ok(());
+        };
+        let (servers, launchers) = sys::seqpacket_pair()?;
+        let to_launcher = to_launcher::FromMonitor::Server;
+        if let Err(error) = launcher.send(&to_launcher, &[launchers.as_fd()]) {
+            return self.give_up(Role::Launcher, &error);
+        }
+        let to_server = to_server::FromMonitor::Launcher;
+        server
+            .send(&to_server, &[servers.as_fd()])
+            .or_else(|error| self.give_up(Role::Server, &error))
+    }
+
+    fn announce(&self) {
+        let Some(listeners) = &self.listeners else { return };
         let mut stdout = io::stdout().lock();
-        for listener in self.listeners.iter().take(self.config.listen.len()) {
-            // A closed stdout is no reason not to serve.
-            writeln!(stdout, "listening on {}", listener.address).ok();
+        let told = listeners
+            .addresses()
+            .iter()
+            .try_for_each(|address| writeln!(stdout, "listening on {address}"))
+            .and_then(|()| stdout.flush());
+        if let Err(error) = told {
+            // Nobody reads it: no reason not to serve.
+            tracing::warn!(%error, "stdout can't be written");
         }
-        stdout.flush().ok();
-        notify::tell("READY=1");
+        for address in listeners.addresses() {
+            tracing::info!("listening on {address}");
+        }
+        if let Some(address) = listeners.health_address() {
+            tracing::info!("health and metrics on {address}");
+        }
+        self.notifier.ready();
     }
 
-    /// The server is gone: end the launcher, which ends every run.
-    fn farewell(&mut self) -> ExitCode {
-        if let Some(launcher) = self.launcher.child.take() {
-            end_launcher(launcher);
-        }
-        self.listeners.clear();
-        tracing::info!("stopped");
-        ExitCode::SUCCESS
+    /// A process that can't be told something: it is dead, about to die, or stuck.
+    fn give_up(&self, role: Role, error: &io::Error) -> io::Result<()> {
+        tracing::warn!(%error, "{} takes no messages", name(role));
+        self.kill(role)
     }
-}
 
-struct Ready {
-    signals: bool,
-    watch: bool,
-    server_speaks: bool,
-}
-
-fn kill(slot: &Slot) {
-    if let Some(child) = &slot.child {
-        child.kill();
+    fn kill(&self, role: Role) -> io::Result<()> {
+        self.peer(role).map_or(Ok(()), |peer| peer.process.kill())
     }
-}
 
-fn install(slot: &mut Slot, name: &'static str, started: io::Result<Child>, now: Instant) -> bool {
-    match started {
-        Ok(child) => {
-            slot.child = Some(child);
-            true
-        }
-        Err(error) => {
-            tracing::error!("{name} can't be started: {error}");
-            slot.ended(now);
-            false
+    fn peer(&self, role: Role) -> Option<&Peer> {
+        match role {
+            Role::Server => self.server.as_ref(),
+            Role::Launcher => self.launcher.as_ref(),
         }
     }
 }
 
-/// Starts a launcher and configures it; policies and a server are still to come.
-///
-/// # Errors
-/// Those of starting a process and of sending it its first message.
-pub fn start_launcher(executable: &Executable, config: LauncherConfig) -> io::Result<Child> {
-    let child = executable.start("dispatch-launch", &[], Privilege::Keep)?;
-    child.send(&ToLauncher::Configure(config), &[])?;
-    Ok(child)
+fn start_server(executable: &Executable, id: Option<u32>) -> io::Result<(Process, OwnedFd)> {
+    let (ours, theirs) = sys::seqpacket_pair()?;
+    let process = Process::start(
+        executable,
+        &Spawn {
+            name: SERVER,
+            arguments: &[],
+            descriptors: &[theirs.as_fd()],
+            privilege: Privilege::None { id },
+        },
+    )?;
+    Ok((process, ours))
 }
 
-/// Ends a launcher in good order: it kills its runs and removes its cgroups.
-pub fn end_launcher(launcher: Child) {
-    let Child { name, pid, pidfd, socket, started } = launcher;
-    // Its end of file is its word to end.
-    drop(socket);
-    let Ok((placeholder, _)) = sys::seqpacket_pair() else { return };
-    let launcher = Child { name, pid, pidfd, socket: placeholder, started };
-    if launcher.wait(FAREWELL).is_none() {
-        tracing::error!("{name} would not end: killing it");
-        launcher.kill();
-        launcher.wait(Duration::from_secs(1));
-    }
-}
-
-/// What a private launcher is given by `dispatcher run`.
-#[derive(Debug)]
-pub struct PrivateLauncher {
-    child: Option<Child>,
-}
-
-impl PrivateLauncher {
-    /// Starts a launcher for this process alone. Returns it and our end of the
-    /// socket that the execution client speaks over.
-    ///
-    /// # Errors
-    /// Those of starting it and of handing it its templates.
-    pub fn start(config: LauncherConfig, templates: BorrowedFd<'_>) -> io::Result<(Self, OwnedFd)> {
-        let executable = Executable::own()?;
-        let child = start_launcher(&executable, config)?;
-        child.send(&ToLauncher::Policies, &[templates])?;
-        let (ours, theirs) = sys::seqpacket_pair()?;
-        child.send(&ToLauncher::Server, &[theirs.as_fd()])?;
-        Ok((Self { child: Some(child) }, ours))
-    }
-}
-
-impl Drop for PrivateLauncher {
-    fn drop(&mut self) {
-        if let Some(child) = self.child.take() {
-            end_launcher(child);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_that_keeps_dying_is_started_ever_more_rarely() {
-        let mut slot = Slot::default();
-        let now = Instant::now();
-        let mut pauses = Vec::new();
-        for _ in 0..12 {
-            slot.ended(now);
-            pauses.push(slot.start_at - now);
-        }
-        assert_eq!(pauses[0], BACKOFF_FIRST);
-        assert!(pauses.windows(2).all(|pair| pair[1] == (pair[0] * 2).min(BACKOFF_LONGEST)));
-        assert_eq!(pauses[11], BACKOFF_LONGEST);
-        assert!(!slot.is_due(now) && slot.is_due(now + BACKOFF_LONGEST));
+fn name(role: Role) -> &'static str {
+    match role {
+        Role::Server => SERVER,
+        Role::Launcher => LAUNCHER,
     }
 }

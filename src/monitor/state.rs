@@ -1,0 +1,521 @@
+//! What the monitor does when: events in, actions out, no system call.
+//!
+//! ```text
+//!            SIGTERM            server gone, or            launcher gone
+//!   Running ─────────▶ Draining ──────────────▶ Ending ───────────────▶ Exit
+//!      │               a second SIGTERM                                  ▲
+//!      └── too many deaths before the first Ready ──▶ Ending ────────────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+use super::backoff::Backoff;
+
+/// How much longer than its own drain timeout the server may take to exit.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(5);
+
+/// How long the launcher may take to end all runs and remove their cgroups.
+pub const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// Deaths before the service was ever ready after which starting is given up.
+const EARLY_DEATHS_MAX: u32 = 5;
+
+/// The processes that are kept alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `dispatch-serve`
+    Server,
+    /// `dispatch-launch`
+    Launcher,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// SIGTERM or SIGINT.
+    Stop,
+    /// SIGHUP, or the policy directory changed and is quiet again.
+    Reload,
+    /// The server said so.
+    Ready,
+    /// A process ended, or could not be started. `clean`: it exited with 0.
+    Gone {
+        /// Which.
+        role: Role,
+        /// Whether it exited with 0.
+        clean: bool,
+    },
+    /// The compiler ended. `good`: there are new policies.
+    Compiled {
+        /// Whether there are new policies.
+        good: bool,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Start a process.
+    Start(Role),
+    /// Tell a process all that it has to know, policies included. Both are
+    /// started before either is told: the launcher may move this dispatcher's
+    /// processes into a cgroup of their own, and looks for them then.
+    Configure(Role),
+    /// Join server and launcher by a fresh socketpair.
+    Connect,
+    /// Tell the world that the service is there; once.
+    Announce,
+    /// Start the compiler.
+    Compile,
+    /// Give the launcher, then the server, the new policies.
+    SendPolicies,
+    /// A reload is over, whatever came of it.
+    Reloaded,
+    /// Tell the world that the end has begun.
+    Stopping,
+    /// Tell the server to finish what runs and exit.
+    Drain,
+    /// Stop listening, and close the launcher's socket: it ends everything and exits.
+    End,
+    /// SIGKILL.
+    Kill(Role),
+    /// Exit with this code.
+    Exit(u8),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// Until the server is gone, or killed at this time.
+    Draining(Instant),
+    /// Until both are gone, or killed at this time.
+    Ending(Instant),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Life {
+    Alive {
+        since: Instant,
+    },
+    /// To be started then.
+    Down {
+        until: Instant,
+    },
+    /// Not to be started again.
+    Over,
+}
+
+#[derive(Debug)]
+struct Keeper {
+    life: Life,
+    backoff: Backoff,
+    killed: bool,
+}
+
+impl Keeper {
+    fn new(now: Instant) -> Self {
+        Self { life: Life::Alive { since: now }, backoff: Backoff::new(), killed: false }
+    }
+
+    fn alive(&self) -> bool {
+        matches!(self.life, Life::Alive { .. })
+    }
+}
+
+/// What the monitor knows.
+#[derive(Debug)]
+pub struct State {
+    phase: Phase,
+    drain_timeout: Duration,
+    server: Keeper,
+    launcher: Keeper,
+    announced: bool,
+    early_deaths: u32,
+    stops: u32,
+    /// A compiler is at work.
+    compiling: bool,
+    /// There was reason for another while it was.
+    compile_again: bool,
+    code: u8,
+}
+
+impl State {
+    /// The beginning, and what to do first.
+    #[must_use]
+    pub fn start(drain_timeout: Duration, now: Instant) -> (Self, Vec<Action>) {
+        let state = Self {
+            phase: Phase::Running,
+            drain_timeout,
+            server: Keeper::new(now),
+            launcher: Keeper::new(now),
+            announced: false,
+            early_deaths: 0,
+            stops: 0,
+            compiling: false,
+            compile_again: false,
+            code: 0,
+        };
+        let actions = vec![
+            Action::Start(Role::Launcher),
+            Action::Start(Role::Server),
+            Action::Configure(Role::Launcher),
+            Action::Configure(Role::Server),
+            Action::Connect,
+        ];
+        (state, actions)
+    }
+
+    /// What to do about `event`, in this order.
+    pub fn on(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        match event {
+            Event::Stop => self.on_stop(now),
+            Event::Reload => self.on_reload(),
+            Event::Ready => self.on_ready(),
+            Event::Gone { role, clean } => self.on_gone(role, clean, now),
+            Event::Compiled { good } => self.on_compiled(good),
+            Event::Tick => self.on_tick(now),
+        }
+    }
+
+    /// When [`Event::Tick`] is due; `None`: not until something else happens.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let starts =
+            [&self.server, &self.launcher].into_iter().filter_map(|keeper| match keeper.life {
+                Life::Down { until } => Some(until),
+                _ => None,
+            });
+        let end = match self.phase {
+            Phase::Running => None,
+            Phase::Draining(at) => (!self.server.killed).then_some(at),
+            Phase::Ending(at) => (!self.launcher.killed).then_some(at),
+        };
+        starts.chain(end).min()
+    }
+
+    fn on_stop(&mut self, now: Instant) -> Vec<Action> {
+        self.stops += 1;
+        match self.phase {
+            Phase::Running => {
+                let mut actions = vec![Action::Stopping];
+                if self.server.alive() {
+                    self.phase = Phase::Draining(now + self.drain_timeout + DRAIN_GRACE);
+                    actions.push(Action::Drain);
+                } else {
+                    actions.extend(self.end(now));
+                }
+                actions
+            }
+            Phase::Draining(_) => self.end(now),
+            // The third is for whoever can't wait for cgroups to be removed.
+            Phase::Ending(_) if self.stops > 2 => self.kill(Role::Launcher),
+            Phase::Ending(_) => Vec::new(),
+        }
+    }
+
+    fn on_reload(&mut self) -> Vec<Action> {
+        if self.phase != Phase::Running {
+            return Vec::new();
+        }
+        if self.compiling {
+            self.compile_again = true;
+            return Vec::new();
+        }
+        self.compiling = true;
+        vec![Action::Compile]
+    }
+
+    fn on_compiled(&mut self, good: bool) -> Vec<Action> {
+        self.compiling = false;
+        let again = std::mem::take(&mut self.compile_again);
+        if self.phase != Phase::Running {
+            return Vec::new();
+        }
+        let mut actions = Vec::new();
+        if good {
+            actions.push(Action::SendPolicies);
+        }
+        actions.push(Action::Reloaded);
+        if again {
+            actions.extend(self.on_reload());
+        }
+        actions
+    }
+
+    fn on_ready(&mut self) -> Vec<Action> {
+        let first = !self.announced && self.phase == Phase::Running;
+        self.announced |= first;
+        if first { vec![Action::Announce] } else { Vec::new() }
+    }
+
+    fn on_gone(&mut self, role: Role, clean: bool, now: Instant) -> Vec<Action> {
+        let keeper = self.keeper(role);
+        let lived = match keeper.life {
+            Life::Alive { since } => now.saturating_duration_since(since),
+            Life::Down { .. } | Life::Over => return Vec::new(),
+        };
+        let again = Life::Down { until: now + keeper.backoff.after(lived) };
+        match (self.phase, role) {
+            (Phase::Running, _) => {
+                self.keeper(role).life = again;
+                self.early_deaths += u32::from(!self.announced);
+                if self.early_deaths < EARLY_DEATHS_MAX {
+                    return Vec::new();
+                }
+                self.code = 1;
+                self.end(now)
+            }
+            (Phase::Draining(_), Role::Server) => {
+                self.server.life = Life::Over;
+                self.end(now)
+            }
+            // What still waits in the server's queue needs one.
+            (Phase::Draining(_), Role::Launcher) => {
+                self.launcher.life = again;
+                Vec::new()
+            }
+            (Phase::Ending(_), role) => {
+                self.keeper(role).life = Life::Over;
+                if role == Role::Launcher && !clean {
+                    self.code = 1;
+                }
+                let over = |keeper: &Keeper| matches!(keeper.life, Life::Over);
+                if over(&self.server) && over(&self.launcher) {
+                    vec![Action::Exit(self.code)]
+                } else {
+                    Vec::new()
+                }
+            }
+        }
+    }
+
+    fn on_tick(&mut self, now: Instant) -> Vec<Action> {
+        match self.phase {
+            Phase::Draining(at) if at <= now && !self.server.killed => {
+                return self.kill(Role::Server);
+            }
+            Phase::Ending(at) if at <= now => return self.kill(Role::Launcher),
+            _ => {}
+        }
+        let mut actions = Vec::new();
+        for role in [Role::Launcher, Role::Server] {
+            let keeper = self.keeper(role);
+            if matches!(keeper.life, Life::Down { until } if until <= now) {
+                keeper.life = Life::Alive { since: now };
+                actions.extend([Action::Start(role), Action::Configure(role)]);
+            }
+        }
+        if !actions.is_empty() && self.server.alive() && self.launcher.alive() {
+            actions.push(Action::Connect);
+        }
+        actions
+    }
+
+    /// Begins the end: the server goes at once, the launcher cleans up.
+    fn end(&mut self, now: Instant) -> Vec<Action> {
+        self.phase = Phase::Ending(now + END_LIMIT);
+        let mut actions = self.kill(Role::Server);
+        if !self.server.alive() {
+            self.server.life = Life::Over;
+        }
+        if !self.launcher.alive() {
+            // The one that died left cgroups, which only its successor removes.
+            self.launcher.life = Life::Alive { since: now };
+            actions.push(Action::Start(Role::Launcher));
+            actions.push(Action::Configure(Role::Launcher));
+        }
+        actions.push(Action::End);
+        actions
+    }
+
+    fn kill(&mut self, role: Role) -> Vec<Action> {
+        let keeper = self.keeper(role);
+        if keeper.alive() && !keeper.killed {
+            keeper.killed = true;
+            return vec![Action::Kill(role)];
+        }
+        Vec::new()
+    }
+
+    fn keeper(&mut self, role: Role) -> &mut Keeper {
+        match role {
+            Role::Server => &mut self.server,
+            Role::Launcher => &mut self.launcher,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Action::*, Role::*, *};
+
+    const DRAIN: Duration = Duration::from_secs(45);
+
+    fn running() -> (State, Instant) {
+        let now = Instant::now();
+        let (mut state, actions) = State::start(DRAIN, now);
+        let both =
+            [Start(Launcher), Start(Server), Configure(Launcher), Configure(Server), Connect];
+        assert_eq!(actions, both);
+        assert_eq!(state.on(Event::Ready, now), [Announce]);
+        assert_eq!(state.deadline(), None);
+        (state, now)
+    }
+
+    fn gone(role: Role) -> Event {
+        Event::Gone { role, clean: true }
+    }
+
+    fn killed(role: Role) -> Event {
+        Event::Gone { role, clean: false }
+    }
+
+    #[test]
+    fn it_announces_once() {
+        let (mut state, now) = running();
+        assert_eq!(state.on(Event::Ready, now), []);
+    }
+
+    #[test]
+    fn a_stop_drains_then_ends() {
+        let (mut state, now) = running();
+        assert_eq!(state.on(Event::Stop, now), [Stopping, Drain]);
+        assert_eq!(state.on(Event::Reload, now), []);
+        assert_eq!(state.deadline(), Some(now + DRAIN + DRAIN_GRACE));
+        assert_eq!(state.on(gone(Server), now), [End]);
+        assert_eq!(state.deadline(), Some(now + END_LIMIT));
+        assert_eq!(state.on(gone(Launcher), now), [Exit(0)]);
+    }
+
+    #[test]
+    fn a_second_stop_ends_at_once_and_a_third_kills() {
+        let (mut state, now) = running();
+        state.on(Event::Stop, now);
+        assert_eq!(state.on(Event::Stop, now), [Kill(Server), End]);
+        assert_eq!(state.on(Event::Stop, now), [Kill(Launcher)]);
+        assert_eq!(state.on(Event::Stop, now), []);
+        assert_eq!(state.on(killed(Launcher), now), []);
+        assert_eq!(state.on(killed(Server), now), [Exit(1)]);
+    }
+
+    #[test]
+    fn a_server_that_does_not_drain_is_killed() {
+        let (mut state, now) = running();
+        state.on(Event::Stop, now);
+        let late = now + DRAIN + DRAIN_GRACE;
+        assert_eq!(state.on(Event::Tick, late), [Kill(Server)]);
+        assert_eq!(state.on(Event::Tick, late), []);
+        assert_eq!(state.deadline(), None);
+        assert_eq!(state.on(killed(Server), late), [End]);
+        assert_eq!(state.on(gone(Launcher), late), [Exit(0)]);
+    }
+
+    #[test]
+    fn a_launcher_that_does_not_end_is_killed_and_told_of() {
+        let (mut state, now) = running();
+        state.on(Event::Stop, now);
+        state.on(gone(Server), now);
+        let late = now + END_LIMIT;
+        assert_eq!(state.on(Event::Tick, late), [Kill(Launcher)]);
+        assert_eq!(state.deadline(), None);
+        assert_eq!(state.on(killed(Launcher), late), [Exit(1)]);
+    }
+
+    #[test]
+    fn the_dead_are_started_again_and_joined() {
+        let (mut state, now) = running();
+        assert_eq!(state.on(killed(Server), now), []);
+        let due = state.deadline().unwrap();
+        assert_eq!(due, now + Duration::from_millis(10));
+        assert_eq!(state.on(Event::Tick, due - Duration::from_millis(1)), []);
+        assert_eq!(state.on(Event::Tick, due), [Start(Server), Configure(Server), Connect]);
+        assert_eq!(state.on(killed(Launcher), due), []);
+        let due = state.deadline().unwrap();
+        assert_eq!(state.on(Event::Tick, due), [Start(Launcher), Configure(Launcher), Connect]);
+    }
+
+    #[test]
+    fn two_dead_are_joined_once_both_are_there() {
+        let (mut state, now) = running();
+        state.on(killed(Server), now);
+        let later = now + Duration::from_millis(5);
+        state.on(killed(Launcher), later);
+        let first = state.deadline().unwrap();
+        assert_eq!(state.on(Event::Tick, first), [Start(Server), Configure(Server)]);
+        let second = state.deadline().unwrap();
+        assert!(second > first);
+        assert_eq!(state.on(Event::Tick, second), [Start(Launcher), Configure(Launcher), Connect]);
+    }
+
+    #[test]
+    fn starting_is_given_up_where_it_never_worked() {
+        let now = Instant::now();
+        let (mut state, _) = State::start(DRAIN, now);
+        let mut at = now;
+        for _ in 1..EARLY_DEATHS_MAX {
+            assert_eq!(state.on(killed(Server), at), []);
+            at = state.deadline().unwrap();
+            assert_eq!(state.on(Event::Tick, at), [Start(Server), Configure(Server), Connect]);
+        }
+        assert_eq!(state.on(killed(Server), at), [End]);
+        assert_eq!(state.on(gone(Launcher), at), [Exit(1)]);
+    }
+
+    #[test]
+    fn deaths_after_the_announcement_are_no_reason_to_give_up() {
+        let (mut state, mut at) = running();
+        for _ in 0..100 {
+            state.on(killed(Server), at);
+            at = state.deadline().unwrap();
+            assert_eq!(state.on(Event::Tick, at), [Start(Server), Configure(Server), Connect]);
+        }
+    }
+
+    #[test]
+    fn a_dead_launcher_gets_a_successor_that_cleans_up() {
+        let (mut state, now) = running();
+        state.on(killed(Launcher), now);
+        assert_eq!(state.on(Event::Stop, now), [Stopping, Drain]);
+        assert_eq!(state.on(gone(Server), now), [Start(Launcher), Configure(Launcher), End]);
+        assert_eq!(state.on(gone(Launcher), now), [Exit(0)]);
+    }
+
+    #[test]
+    fn a_stop_without_a_server_ends_at_once() {
+        let (mut state, now) = running();
+        state.on(killed(Server), now);
+        assert_eq!(state.on(Event::Stop, now), [Stopping, End]);
+        assert_eq!(state.on(Event::Stop, now), []);
+        assert_eq!(state.on(gone(Launcher), now), [Exit(0)]);
+    }
+
+    #[test]
+    fn a_launcher_is_replaced_while_draining() {
+        let (mut state, now) = running();
+        state.on(Event::Stop, now);
+        state.on(killed(Launcher), now);
+        let due = state.deadline().unwrap();
+        assert_eq!(state.on(Event::Tick, due), [Start(Launcher), Configure(Launcher), Connect]);
+    }
+
+    #[test]
+    fn reloads_do_not_overlap() {
+        let (mut state, now) = running();
+        assert_eq!(state.on(Event::Reload, now), [Compile]);
+        assert_eq!(state.on(Event::Reload, now), []);
+        assert_eq!(state.on(Event::Reload, now), []);
+        let both = state.on(Event::Compiled { good: true }, now);
+        assert_eq!(both, [SendPolicies, Reloaded, Compile]);
+        assert_eq!(state.on(Event::Compiled { good: false }, now), [Reloaded]);
+    }
+
+    #[test]
+    fn policies_that_are_ready_too_late_are_dropped() {
+        let (mut state, now) = running();
+        state.on(Event::Reload, now);
+        state.on(Event::Stop, now);
+        assert_eq!(state.on(Event::Compiled { good: true }, now), []);
+    }
+}
