@@ -1,0 +1,30 @@
+# What several scripts share; read with `.`, not run.
+# shellcheck shell=bash
+
+die() { echo "${0##*/}: $*" >&2; exit 1; }
+
+# As root: as it is, or by sudo.
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# need_packages COMMAND:PACKAGE...: installs the packages whose command isn't there.
+need_packages() {
+  local pair missing=()
+  for pair; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+  done
+  [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
+}
+
+# install_packages PACKAGE...: by apt; with words to go by where there is no apt, or no right to use it.
+install_packages() {
+  command -v apt-get >/dev/null || die "please install, by your system's own means: $*"
+  [ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null || die "please install as root: apt-get install $*"
+  echo "${0##*/}: installing $*" >&2
+  # Lists may be old or, in a fresh container, empty: try, then update and try again.
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null 2>&1 || {
+    as_root apt-get update -qq >&2
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >&2
+  } || die "apt-get install $* failed"
+}
