@@ -1,5 +1,12 @@
 # What several scripts share; read with `.`, not run.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$root/target}
+# Tools that the tests and the demonstration need and Debian doesn't have.
+tools=$target/tools
+# A rustup that was just installed isn't in the PATH of a running shell.
+PATH=$PATH:$HOME/.cargo/bin
 
 die() { echo "${0##*/}: $*" >&2; exit 1; }
 
@@ -27,4 +34,12 @@ install_packages() {
     as_root apt-get update -qq >&2
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >&2
   } || die "apt-get install $* failed"
+}
+
+# What building takes: Rust, which is yours to install, and a C compiler with a static libc.
+need_compilers() {
+  command -v cargo >/dev/null || die "Rust is missing: see https://rustup.rs"
+  need_packages gcc:gcc
+  # Also where gcc is there, the headers and libc.a may not be.
+  echo 'int main(void) { return 0; }' | gcc -static -x c -o /dev/null - 2>/dev/null || install_packages libc6-dev
 }
