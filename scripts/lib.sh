@@ -43,3 +43,11 @@ need_compilers() {
   # Also where gcc is there, the headers and libc.a may not be.
   echo 'int main(void) { return 0; }' | gcc -static -x c -o /dev/null - 2>/dev/null || install_packages libc6-dev
 }
+
+# count_results LOG...: adds up what the test executables say at their ends.
+count_results() {
+  read -r tests_passed tests_failed tests_skipped < <(
+    sed -n 's/.*test result: [a-zA-Z]*\. \([0-9]*\) passed; \([0-9]*\) failed; \([0-9]*\) ignored.*/\1 \2 \3/p' "$@" |
+      awk '{ passed += $1; failed += $2; skipped += $3 } END { print passed + 0, failed + 0, skipped + 0 }'
+  )
+}
