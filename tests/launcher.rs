@@ -44,7 +44,10 @@ impl Launcher {
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
         let raw = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe.
-        unsafe { command.pre_exec(move || sys::dup_to_inherited(raw, 3)) };
+        #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]
+        unsafe {
+            command.pre_exec(move || sys::dup_to_inherited(raw, 3))
+        };
         let child = command.spawn().unwrap();
         drop(theirs);
         let instance = format!("test-{}-{}", std::process::id(), child.id());

@@ -202,6 +202,7 @@ fn spawn(command: Command) -> Child {
         thread::spawn(move || {
             for (mut command, reply) in inbox {
                 // SAFETY: the closure makes one async-signal-safe system call.
+                #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]
                 unsafe {
                     command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
                 }
