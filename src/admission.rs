@@ -30,7 +30,7 @@ use crate::{
     execute::stop::StopSignal,
     names::Namespace,
     policy,
-    units::{Limit, Span},
+    units::{Limit, Size, Span},
 };
 use bucket::Bucket;
 
@@ -71,6 +71,17 @@ pub struct Ask<'a> {
 /// Why a call may not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AdmissionError {
+    /// More memory than all runs together may be promised: waiting won't help.
+    #[error(
+        "the run's memory limit of {} is more than the {} that the server may promise in all; ask for less, or raise [server] memory",
+        Size(*asked), Size(*budget)
+    )]
+    NeverFits {
+        /// Bytes that the run would have.
+        asked: u64,
+        /// Bytes that there are.
+        budget: u64,
+    },
     /// As many wait as may.
     #[error("the queue is full: {waiting} calls of the namespace wait already")]
     QueueFull {
@@ -198,6 +209,9 @@ impl Admission {
         now: Instant,
     ) -> Result<(Place, oneshot::Receiver<()>), AdmissionError> {
         let mut state = self.state();
+        if let Some(asked) = ask.memory.finite().filter(|asked| *asked > state.capacity.memory) {
+            return Err(AdmissionError::NeverFits { asked, budget: state.capacity.memory });
+        }
         state.check_room(ask.namespace, now)?;
         state.check_rate(ask, now)?;
         let memory = ask.memory.finite().unwrap_or(u64::MAX).min(state.capacity.memory);

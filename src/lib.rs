@@ -15,6 +15,7 @@ pub mod jail;
 pub mod monitor;
 pub mod names;
 pub mod observe;
+pub mod packets;
 pub mod policy;
 pub mod protocol;
 pub mod server;

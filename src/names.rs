@@ -191,9 +191,9 @@ impl RunId {
     /// Whatever getrandom(2) reports; it does not fail once the kernel is up.
     pub fn random() -> std::io::Result<Self> {
         let mut bytes = [0; 16];
-        // SAFETY: the buffer is valid for writes of its length for the whole call.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        if got == 16 { Ok(Self(bytes)) } else { Err(std::io::Error::last_os_error()) }
+        // So few bytes come in one piece, getrandom(2).
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        Ok(Self(bytes))
     }
 }
 

@@ -139,13 +139,21 @@ pub fn account(name: &str) -> Option<(u32, u32)> {
     Some((user.uid.as_raw(), user.gid.as_raw()))
 }
 
-/// Makes an owned descriptor of a raw number that a parent process passed on.
+/// Takes over a descriptor that a parent process passed on by number; once per
+/// number. To be called before anything else could have opened it.
 ///
-/// # Safety
-/// `fd` must be open and owned by nobody else in this process.
-pub unsafe fn inherited_fd(fd: i32) -> OwnedFd {
-    // SAFETY: the caller vouches for it.
-    unsafe { OwnedFd::from_raw_fd(fd) }
+/// # Errors
+/// EBADF where it isn't open, EBUSY where it was taken already.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let bit = 1_u64.checked_shl(fd.cast_unsigned()).unwrap_or(0);
+    if bit == 0 || TAKEN.fetch_or(bit, std::sync::atomic::Ordering::SeqCst) & bit != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
+    set_close_on_exec(fd, true)?;
+    // SAFETY: it is open, and nobody in this process owned it before: it came
+    // from our parent, and only the first caller gets here.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Puts a signal's disposition back to its default. One that is ignored, as a

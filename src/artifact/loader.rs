@@ -14,7 +14,8 @@ const SHOWN: [&str; 4] = ["/usr", "/bin", "/sbin", "/opt"];
 /// interpreter is listed. What can't be known from here passes: execve(2) tells.
 ///
 /// # Errors
-/// [`ArtifactError::ScriptNotAllowed`], [`ArtifactError::LoaderMissing`]
+/// [`ArtifactError::ScriptNotAllowed`], [`ArtifactError::ScriptUnrunnable`],
+/// [`ArtifactError::LoaderMissing`]
 pub fn check(
     executable: &Executable,
     mode: Mode,
@@ -27,6 +28,11 @@ pub fn check(
         Executable::Script { interpreter, .. } => {
             if !interpreters.contains(interpreter) {
                 return Err(ArtifactError::ScriptNotAllowed { interpreter: interpreter.clone() });
+            }
+            if mode == Mode::Direct {
+                let why = "a script needs a jail, where it can be shown to its interpreter; \
+                           direct mode runs executables only";
+                return Err(ArtifactError::ScriptUnrunnable(why.into()));
             }
             (interpreter, "interpreter")
         }
@@ -56,7 +62,12 @@ fn missing(needed: &str, what: &str, mode: Mode, root: &Root) -> ArtifactError {
         (Mode::Jail, Root::Directory(_)) => ", or put it into that root",
         _ => ", or install it",
     };
-    ArtifactError::LoaderMissing(format!("{kind} {needed:?} is not in {place}; {mend}{key}"))
+    let text = format!("{kind} {needed:?} is not in {place}; {mend}{key}");
+    if what == "loader" {
+        ArtifactError::LoaderMissing(text)
+    } else {
+        ArtifactError::ScriptUnrunnable(text)
+    }
 }
 
 fn bound(needed: &str, filesystem: &Filesystem) -> bool {

@@ -46,6 +46,9 @@ pub enum ArtifactError {
     /// It needs a file that its root doesn't have.
     #[error("{0}")]
     LoaderMissing(String),
+    /// A `#!` program that can't be run here, though its interpreter may be listed.
+    #[error("{0}")]
+    ScriptUnrunnable(String),
     /// A `#!` program whose interpreter isn't listed.
     #[error(
         "the script's interpreter {interpreter:?} is not allowed; list it in the policy's [artifacts] interpreters"

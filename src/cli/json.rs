@@ -61,10 +61,14 @@ pub fn request(request: &ServeRequest) -> Value {
     to_json("collector.ServeRequest", &request)
 }
 
-/// A report as JSON.
+/// A report as JSON, with the status that it goes with as `status`.
 #[must_use]
-pub fn report(report: &wire::ExecutionReport) -> Value {
-    to_json("collector.ExecutionReport", report)
+pub fn report(report: &wire::ExecutionReport, status: &wire::Status) -> Value {
+    let mut value = to_json("collector.ExecutionReport", report);
+    if let Some(object) = value.as_object_mut() {
+        object.insert("status".into(), to_json("collector.Status", status));
+    }
+    value
 }
 
 /// Encodes JSON text as a message of the type that a URL names.

@@ -247,7 +247,8 @@ async fn cancel_on_signal(stop: StopHandle) {
 fn show(args: &RunArgs, response: &ServeResponse) -> ExitCode {
     let report = response.report.clone().unwrap_or_default();
     if args.json {
-        writeln!(io::stdout(), "{:#}", json::report(&report)).ok();
+        let status = response.status.clone().unwrap_or_default();
+        writeln!(io::stdout(), "{:#}", json::report(&report, &status)).ok();
     }
     let code = exit::code(&report);
     if code != 0 {

@@ -173,7 +173,14 @@ fn perform(
         tell(socket, &FromLauncher::Refused { run, refusal });
         return;
     }
-    tell(socket, &FromLauncher::Started { run, setup: Duration::from_micros(300) });
+    tell(
+        socket,
+        &FromLauncher::Started {
+            run,
+            at: std::time::SystemTime::now(),
+            setup: Duration::from_micros(300),
+        },
+    );
     let end = match behaviour {
         Behaviour::Refuse(_) => unreachable!("handled above"),
         Behaviour::Say { stdout, stderr, end } => {

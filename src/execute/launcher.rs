@@ -7,22 +7,19 @@
 use std::{
     collections::HashMap,
     io,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
 
 use super::{ExecuteError, Invocation, Outcome, OutputSink, run, stop::StopSignal};
 use crate::{
     jail::message::{FromLauncher, FromServer, MESSAGE_MAX, StopCause},
     names::{Digest, RunId},
-    sys,
+    packets::Packets,
 };
 
 /// How long a call waits for a launcher that is being started again.
@@ -65,11 +62,7 @@ impl Launcher {
     /// # Errors
     /// Those of fcntl(2) and of registering the socket with the runtime.
     pub fn attach(&self, socket: OwnedFd) -> io::Result<()> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        // SAFETY: an OwnedFd stays open and the same until the AsyncFd drops it.
-        let socket = unsafe {
-            AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE)?
-        };
+        let socket = Packets::new(socket)?;
         let connection = Arc::new(Connection { socket, runs: Mutex::new(Some(HashMap::new())) });
         let launcher = self.clone();
         tokio::spawn(async move {
@@ -158,9 +151,7 @@ impl Launcher {
     async fn receive(&self, connection: &Arc<Connection>) -> io::Result<()> {
         let mut buffer = vec![0; MESSAGE_MAX];
         loop {
-            let read = |socket: &OwnedFd| sys::receive_packet(socket, &mut buffer);
-            let Some((length, _)) = connection.socket.async_io(Interest::READABLE, read).await?
-            else {
+            let Some((length, _)) = connection.socket.receive(&mut buffer).await? else {
                 return Ok(());
             };
             let message = postcard::from_bytes::<FromLauncher>(&buffer[..length])
@@ -191,7 +182,7 @@ impl Launcher {
 /// One socketpair with one launcher.
 #[derive(Debug)]
 pub(super) struct Connection {
-    socket: AsyncFd<OwnedFd>,
+    socket: Packets,
     /// Where each run's messages go; `None` once the connection ended.
     runs: Mutex<Option<HashMap<RunId, mpsc::Sender<FromLauncher>>>>,
 }
@@ -212,8 +203,7 @@ impl Connection {
         descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
         let bytes = encode(message)?;
-        let write = |socket: &OwnedFd| sys::send_packet(socket, &bytes, descriptors);
-        self.socket.async_io(Interest::WRITABLE, write).await
+        self.socket.send(&bytes, descriptors).await
     }
 
     fn deliver(&self, run: RunId, message: FromLauncher) {
@@ -282,9 +272,7 @@ impl Drop for Registration {
             return;
         }
         let message = FromServer::Stop { run: self.run, cause: StopCause::Cancelled };
-        let sent = encode(&message).and_then(|bytes| {
-            sys::send_packet(self.connection.socket.get_ref().as_fd(), &bytes, &[])
-        });
+        let sent = encode(&message).and_then(|bytes| self.connection.socket.try_send(&bytes));
         if let Err(error) = sent {
             warn!(run = %self.run, %error, "an abandoned run could not be stopped");
         }

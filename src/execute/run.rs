@@ -259,8 +259,8 @@ async fn watch(
                     let started = started.unwrap_or_else(|| before(end.wall));
                     return Ok(Ended { end: Some(*end), started });
                 }
-                Some(FromLauncher::Started { .. }) => {
-                    started = Some(SystemTime::now());
+                Some(FromLauncher::Started { at, .. }) => {
+                    started = Some(at);
                     if stopped.is_none() {
                         answer_by = None;
                     }

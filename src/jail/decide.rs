@@ -55,6 +55,7 @@ impl Prepared {
         let filter_options = FilterOptions {
             network: template.network,
             refuse_exec_memfd: !template.filesystem.tmp_exec && facts.memfd_noexec.is_none(),
+            refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
             exec_fd,
             control_fd: exec_fd + 1,
             notify: facts.notify,

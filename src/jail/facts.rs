@@ -80,6 +80,7 @@ fn listener_available() -> io::Result<bool> {
     let options = FilterOptions {
         network: Network::None,
         refuse_exec_memfd: false,
+        refuse_set_id: false,
         exec_fd: -1,
         control_fd: -1,
         notify: true,

@@ -5,8 +5,8 @@ use rustix::process::Resource;
 use super::plan::Limits;
 
 /// Descriptors between the program's limit and the launcher's own: the
-/// executable and the control socket are parked there until exec.
-const PARKED: u64 = 2;
+/// executable, the control socket and the Landlock ruleset are parked there.
+const PARKED: u64 = 3;
 
 /// RLIMIT_NOFILE for the program: the policy's, or what the host leaves.
 ///
@@ -50,13 +50,13 @@ mod tests {
     use crate::units::Limit;
 
     #[test]
-    fn open_files_leave_room_to_park_two() {
+    fn open_files_leave_room_to_park() {
         let mut limits = Limits::default();
         assert_eq!(open_files(&limits, 1024), Ok(256));
-        assert_eq!(open_files(&limits, 257), Err(255));
-        assert_eq!(open_files(&limits, 258), Ok(256));
+        assert_eq!(open_files(&limits, 258), Err(255));
+        assert_eq!(open_files(&limits, 259), Ok(256));
         limits.open_files = Limit::Unlimited;
-        assert_eq!(open_files(&limits, 1024), Ok(1022));
+        assert_eq!(open_files(&limits, 1024), Ok(1021));
         assert_eq!(open_files(&limits, 1 << 30), Ok(1 << 16));
     }
 

@@ -4,7 +4,10 @@
 //! SCM_RIGHTS. The launcher trusts none of it: every [`Launch`] is checked
 //! against the templates that it got from the monitor.
 
-use std::{os::fd::OwnedFd, time::Duration};
+use std::{
+    os::fd::OwnedFd,
+    time::{Duration, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -144,6 +147,8 @@ pub enum FromLauncher {
     Started {
         /// Which.
         run: RunId,
+        /// When, by the host's clock.
+        at: SystemTime,
         /// From receiving [`Launch`] to here.
         setup: Duration,
     },

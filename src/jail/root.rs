@@ -250,18 +250,13 @@ fn bind_piece(
     let owner = (metadata.uid(), metadata.gid());
     // The next run to draw the same uid must not be able to read what this one
     // wrote: on disk, files belong to the directory's owner, never to a pool uid.
+    // (That the run can't leave set-user-id files of that owner's is the filter's part.)
     let idmap = match ownership {
         _ if bind.read_only && world_readable => None,
         Ownership::Plain { uid } if owner.0 == uid => None,
         Ownership::Plain { .. } => {
             return Err(refuse(
                 "is writable or not world-readable and belongs to another user; without root it can't be idmapped: bind a directory of the dispatcher's own user"
-                    .into(),
-            ));
-        }
-        Ownership::Idmap { .. } if owner.0 == 0 && !bind.read_only => {
-            return Err(refuse(
-                "is owned by root and would be written as root: give it to an ordinary user, or bind it read_only"
                     .into(),
             ));
         }

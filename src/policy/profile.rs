@@ -123,6 +123,7 @@ impl Builder {
         let options = FilterOptions {
             network: Network::Host,
             refuse_exec_memfd: true,
+            refuse_set_id: true,
             exec_fd: 3,
             control_fd: 4,
             notify: true,

@@ -10,10 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::oneshot,
-};
+use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
 use super::{
@@ -26,6 +23,7 @@ use crate::{
     config::Config,
     execute::launcher::Launcher,
     observe,
+    packets::Packets,
     policy::{PolicySet, store::PolicyStore},
     sys,
 };
@@ -103,9 +101,8 @@ enum Ended {
 
 /// Takes the monitor's descriptor over, and makes this process what it should be.
 fn prepare() -> Result<OwnedFd, ProcessError> {
-    // SAFETY: the monitor starts us with this descriptor open, and nothing here
-    // has taken it yet.
-    let monitor = unsafe { sys::inherited_fd(MONITOR) };
+    let monitor = sys::take_inherited(MONITOR)
+        .map_err(setup("descriptor 3, the monitor's, can't be used"))?;
     let close_on_exec = rustix::io::FdFlags::CLOEXEC;
     rustix::io::fcntl_setfd(&monitor, close_on_exec)
         .map_err(|error| setup("descriptor 3, the monitor's, can't be used")(error.into()))?;
@@ -256,26 +253,20 @@ fn decode_policies(descriptors: Vec<OwnedFd>) -> Result<PolicySet, String> {
 
 /// The conversation with the monitor.
 struct Monitor {
-    socket: AsyncFd<OwnedFd>,
+    socket: Packets,
     buffer: Vec<u8>,
 }
 
 impl Monitor {
     fn new(socket: OwnedFd) -> Result<Self, ProcessError> {
-        let unusable = || setup("descriptor 3, the monitor's, can't be used");
-        rustix::io::ioctl_fionbio(&socket, true).map_err(|error| unusable()(error.into()))?;
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        // SAFETY: an OwnedFd stays open and the same until the AsyncFd drops it.
-        let socket = unsafe { AsyncFd::register_with_interest(socket, interest) }
-            .map_err(|error| unusable()(error.into()))?;
+        let unusable = setup("descriptor 3, the monitor's, can't be used");
+        let socket = Packets::new(socket).map_err(unusable)?;
         Ok(Self { socket, buffer: vec![0; MESSAGE_MAX] })
     }
 
     /// The next message; `None` when the monitor is gone. Cancel-safe.
     async fn next(&mut self) -> Result<Option<(FromMonitor, Vec<OwnedFd>)>, ProcessError> {
-        let buffer = &mut self.buffer;
-        let read = |socket: &OwnedFd| sys::receive_packet(socket, buffer);
-        let received = self.socket.async_io(Interest::READABLE, read).await;
+        let received = self.socket.receive(&mut self.buffer).await;
         match received {
             Ok(None) => Ok(None),
             Ok(Some((length, descriptors))) => {
@@ -289,11 +280,7 @@ impl Monitor {
 
     async fn send(&self, message: &FromServer) -> Result<(), ProcessError> {
         let bytes = postcard::to_stdvec(message)?;
-        let write = |socket: &OwnedFd| sys::send_packet(socket, &bytes, &[]);
-        self.socket
-            .async_io(Interest::WRITABLE, write)
-            .await
-            .map_err(setup("answering the monitor failed"))
+        self.socket.send(&bytes, &[]).await.map_err(setup("answering the monitor failed"))
     }
 }
 

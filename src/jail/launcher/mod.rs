@@ -86,9 +86,8 @@ fn start() -> Result<Launcher, String> {
         .map_err(text("/dev/null"))?;
     sys::dup_to_inherited(null.as_raw_fd(), 0).map_err(text("stdin"))?;
     sys::dup_to_inherited(null.as_raw_fd(), 1).map_err(text("stdout"))?;
-    sys::dup_to(MONITOR_FD, MONITOR_FD).map_err(text("descriptor 3, the monitor's socket"))?;
-    // SAFETY: the monitor left it open for us, and nothing else uses the number.
-    let monitor = unsafe { sys::inherited_fd(MONITOR_FD) };
+    let monitor =
+        sys::take_inherited(MONITOR_FD).map_err(text("descriptor 3, the monitor's socket"))?;
 
     let mut buffer = vec![0; MESSAGE_MAX];
     let (length, _) = sys::receive_packet(&monitor, &mut buffer)

@@ -93,7 +93,10 @@ impl Launcher {
         let id = run.id;
         match change {
             Change::None => {}
-            Change::Started { setup } => self.tell(&FromLauncher::Started { run: id, setup }),
+            Change::Started { setup } => {
+                let at = std::time::SystemTime::now();
+                self.tell(&FromLauncher::Started { run: id, at, setup });
+            }
             Change::Listener => {
                 if let Some(run) = self.runs.get(&serial)
                     && let Some(listener) = run.listener()

@@ -55,7 +55,14 @@ fn all_options() -> Vec<FilterOptions> {
             [(false, false), (false, true), (true, false), (true, true)]
         {
             let (exec_fd, control_fd) = if notify { (256, 257) } else { (-1, -100) };
-            all.push(FilterOptions { network, refuse_exec_memfd, exec_fd, control_fd, notify });
+            all.push(FilterOptions {
+                network,
+                refuse_exec_memfd,
+                refuse_set_id: notify,
+                exec_fd,
+                control_fd,
+                notify,
+            });
         }
     }
     all

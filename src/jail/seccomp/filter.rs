@@ -26,6 +26,10 @@ pub struct FilterOptions {
     /// `vm.memfd_noexec` sysctl cannot do it; programs that pass no
     /// MFD_NOEXEC_SEAL get no memfd at all then.
     pub refuse_exec_memfd: bool,
+    /// Refuse (EPERM) set-user-id and set-group-id bits on files. For runs that
+    /// write into host directories: what they leave there belongs to the
+    /// directory's owner, and must not run as him.
+    pub refuse_set_id: bool,
     /// `execveat` on this descriptor is allowed under every profile: the
     /// launch's own. It must be a number that the program can never own, at or
     /// above its hard RLIMIT_NOFILE. Negative: none.
@@ -218,6 +222,7 @@ mod tests {
     const OPTIONS: FilterOptions = FilterOptions {
         network: Network::None,
         refuse_exec_memfd: false,
+        refuse_set_id: false,
         exec_fd: 256,
         control_fd: 257,
         notify: true,

@@ -183,7 +183,14 @@ fn outcome(
     let (ours, theirs) = sys::seqpacket_pair().unwrap();
     let network = Network::None;
     let control_fd = theirs.as_raw_fd();
-    let options = FilterOptions { network, refuse_exec_memfd: false, exec_fd, control_fd, notify };
+    let options = FilterOptions {
+        network,
+        refuse_exec_memfd: false,
+        refuse_set_id: true,
+        exec_fd,
+        control_fd,
+        notify,
+    };
     let filter = compile(policy, &options).unwrap();
     let results = shared(probes.len());
     // SAFETY: the child makes nothing but system calls, see `child`.
@@ -281,11 +288,10 @@ fn child(
     match install(filter, notify) {
         Ok(Some(listener)) => {
             // SAFETY: just made, and nobody else's.
-            let listener = unsafe { sys::inherited_fd(listener) };
-            if sys::send_packet(control, b"listener", &[listener.as_fd()]).is_err() {
+            let listener = unsafe { std::os::fd::BorrowedFd::borrow_raw(listener) };
+            if sys::send_packet(control, b"listener", &[listener]).is_err() {
                 exit(SETUP_FAILED);
-            }
-            std::mem::forget(listener); // close may be refused
+            } // left open: close may be refused
         }
         Ok(None) => {}
         Err(error) => {

@@ -187,7 +187,14 @@ mod tests {
 
     fn options(network: Network) -> FilterOptions {
         let refuse_exec_memfd = false;
-        FilterOptions { network, refuse_exec_memfd, exec_fd: 256, control_fd: 257, notify: true }
+        FilterOptions {
+            network,
+            refuse_exec_memfd,
+            refuse_set_id: false,
+            exec_fd: 256,
+            control_fd: 257,
+            notify: true,
+        }
     }
 
     fn errno(network: Network, name: &str, args: &[u64]) -> Option<i32> {

@@ -189,8 +189,29 @@ fn guard(number: u32, options: &FilterOptions) -> Option<(Vec<Vec<ArgumentCondit
             let sealed = libc::MFD_NOEXEC_SEAL;
             (vec![vec![low_masked(1, sealed, sealed)]], refuse(EACCES))
         }
-        _ => return None,
+        _ => return options.refuse_set_id.then(|| set_id_guard(number)).flatten(),
     })
+}
+
+/// No file gets a set-user-id or set-group-id bit, by whichever call.
+fn set_id_guard(number: u32) -> Option<(Vec<Vec<ArgumentCondition>>, Verdict)> {
+    const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
+    // A mode is looked at only where a file is made: other callers leave
+    // whatever they like in its place. (Of O_TMPFILE's two bits, one is O_DIRECTORY's.)
+    const MAKES: u32 = (libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY)) as u32;
+    let clear = |index| vec![low_masked(index, SET_ID, 0)];
+    let groups = match i64::from(number) {
+        libc::SYS_chmod | libc::SYS_fchmod | libc::SYS_creat | libc::SYS_mknod => vec![clear(1)],
+        libc::SYS_fchmodat | libc::SYS_fchmodat2 | libc::SYS_mknodat => vec![clear(2)],
+        libc::SYS_open => vec![vec![low_masked(1, MAKES, 0)], clear(2)],
+        libc::SYS_openat => vec![vec![low_masked(2, MAKES, 0)], clear(3)],
+        // Its mode lies in memory, where no filter can look; programs fall back.
+        libc::SYS_openat2 => {
+            return Some((Vec::new(), Verdict::Refuse { errno: ENOSYS, recorded: true }));
+        }
+        _ => return None,
+    };
+    Some((groups, Verdict::Refuse { errno: EPERM, recorded: true }))
 }
 
 /// The socket families that a network mode gives. AF_NETLINK is in none: it is

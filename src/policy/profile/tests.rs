@@ -13,6 +13,7 @@ use crate::jail::{
 const OPTIONS: FilterOptions = FilterOptions {
     network: Network::None,
     refuse_exec_memfd: false,
+    refuse_set_id: false,
     exec_fd: -1,
     control_fd: -1,
     notify: true,

@@ -8,7 +8,10 @@ use crate::{
     call::FormError,
     dispatch::{CallError, Finished, Reply, rules::Terms},
     execute::{ExecuteError, Outcome, Verdict},
-    jail::message::{Refusal, StopCause},
+    jail::{
+        message::{Refusal, StopCause},
+        plan::Control,
+    },
     units::{Limit, Size, Span},
     wire::status::Code,
 };
@@ -229,6 +232,7 @@ fn no_artifact(error: &ArtifactError) -> Summary {
         }
         E::Elf(ElfError::WrongArchitecture { .. }) => invalid("wrong_architecture"),
         E::LoaderMissing(_) => invalid("loader_missing"),
+        E::ScriptUnrunnable(_) => invalid("script_not_allowed"),
         E::ScriptNotAllowed { interpreter } => {
             invalid("script_not_allowed").with("requested", interpreter)
         }
@@ -259,6 +263,12 @@ fn not_admitted(error: &AdmissionError) -> Summary {
     match error {
         E::QueueFull { retry_after, .. } => overload("queue_full", retry_after),
         E::QueueTimeout { retry_after, .. } => overload("queue_timeout", retry_after),
+        E::NeverFits { asked, budget } => {
+            Summary::refused(Code::FailedPrecondition, "control_unavailable", error)
+                .with("control", Control::CgroupMemory)
+                .over("memory", Some(Size(*budget).to_string()))
+                .with("requested", Size(*asked))
+        }
         E::RateExceeded { retry_after, .. } => overload("rate_exceeded", retry_after),
         E::Deadline => Summary::refused(Code::DeadlineExceeded, "deadline_in_queue", error),
         E::Stopped => Summary::new(Code::Cancelled, Verdict::Cancelled, "cancelled", error),
