@@ -201,7 +201,8 @@ mod tests {
 
     #[test]
     fn asking_for_more_is_refused_and_says_what_there_is() {
-        let cases: [(&str, &str, &str, fn(&mut Call)); 4] = [
+        type Case = (&'static str, &'static str, &'static str, fn(&mut Call));
+        let cases: [Case; 4] = [
             ("timeout", "31s", "30s", |c| c.limits.timeout = Some(Duration::from_secs(31))),
             ("memory", "1GiB", "512MiB", |c| c.limits.memory = Some(1 << 30)),
             ("cpus", "1.5", "1", |c| c.limits.cpus = Some(MilliCpus(1500))),

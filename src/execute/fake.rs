@@ -99,11 +99,6 @@ impl FakeLauncher {
     pub(crate) fn announce(&self, policy_set: Digest) {
         tell(&self.socket, &FromLauncher::Ready { policy_set });
     }
-
-    /// Closes the connection, as a killed launcher does.
-    pub(crate) fn die(&self) {
-        rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both).unwrap();
-    }
 }
 
 /// An unremarkable end with this exit code.

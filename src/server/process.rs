@@ -234,7 +234,7 @@ fn take_up(policies: &PolicyStore, descriptors: Vec<OwnedFd>) {
     match decode_policies(descriptors) {
         Ok(set) => {
             info!(policy_set = %set.digest, "policies reloaded");
-            drop(policies.replace(set));
+            policies.replace(set);
         }
         Err(error) => error!(%error, "the new policies can't be read; the old ones stay"),
     }

@@ -367,7 +367,8 @@ fn rows_of_calls_that_never_ran() {
     let sha = digest.to_string();
     let by_digest: &[(&str, &str)] = &[("requested", &sha)];
     let retry: &[(&str, &str)] = &[("retry_after_ms", "2")];
-    let rows: Vec<(CallError, Code, &str, &[(&str, &str)])> = vec![
+    type Row<'a> = (CallError, Code, &'static str, &'a [(&'a str, &'a str)]);
+    let rows: Vec<Row<'_>> = vec![
         (
             FormError::Missing { field: "namespace" }.into(),
             InvalidArgument,
