@@ -5,10 +5,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use crate::observe::printable;
-
-/// The log target of these records.
-pub const TARGET: &str = "audit";
+use crate::observe::{AUDIT_TARGET, printable};
 
 /// Bytes of each of a caller's strings that are kept.
 const TEXT_MAX: usize = 512;
@@ -68,7 +65,7 @@ pub fn record(record: &Record) {
     let text = |text: &str| printable(text, TEXT_MAX);
     let milliseconds = |duration: Duration| duration.as_secs_f64() * 1000.0;
     tracing::info!(
-        target: TARGET,
+        target: AUDIT_TARGET,
         run_id = %record.run_id,
         request_id = %text(&record.request_id),
         peer = %text(&record.peer),

@@ -11,6 +11,9 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 /// The environment variable that sets what is logged, as `RUST_LOG` does elsewhere.
 pub const FILTER_VARIABLE: &str = "DISPATCHER_LOG";
 
+/// The log target of audit records.
+pub const AUDIT_TARGET: &str = "audit";
+
 /// What is logged when the variable doesn't say. The audit records always are,
 /// unless the variable names their target.
 const DEFAULT_FILTER: &str = "info";
@@ -34,10 +37,10 @@ pub fn init() {
 
 fn filter(wanted: &str) -> (EnvFilter, Option<String>) {
     let wanted = if wanted.is_empty() { DEFAULT_FILTER } else { wanted };
-    let with_audit = if wanted.contains(crate::audit::TARGET) {
+    let with_audit = if wanted.contains(AUDIT_TARGET) {
         wanted.to_owned()
     } else {
-        format!("{wanted},{}=info", crate::audit::TARGET)
+        format!("{wanted},{}=info", AUDIT_TARGET)
     };
     match EnvFilter::try_new(&with_audit) {
         Ok(filter) => (filter, None),

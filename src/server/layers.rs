@@ -10,11 +10,28 @@ pub mod trailers;
 
 use std::{convert::Infallible, future::Future, pin::Pin};
 
-use tonic::body::Body;
+use tonic::{
+    Status,
+    body::Body,
+    metadata::{MetadataMap, MetadataValue},
+};
 
 /// What our layers' services return.
 type Answer =
     Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send + 'static>>;
+
+/// The trailer that says why.
+const REASON: &str = "dispatcher-reason";
+
+/// A gRPC error that says why, and when to come again; [`trailers`] adds the rest.
+fn error(code: tonic::Code, reason: &'static str, text: &str, retry_ms: Option<u64>) -> Status {
+    let mut metadata = MetadataMap::new();
+    metadata.insert(REASON, MetadataValue::from_static(reason));
+    if let Some(milliseconds) = retry_ms {
+        metadata.insert("grpc-retry-pushback-ms", milliseconds.into());
+    }
+    Status::with_metadata(code, text, metadata)
+}
 
 /// Whether a request is for one of the dispatcher's own methods.
 fn is_ours(request: &http::Request<Body>) -> bool {

@@ -271,6 +271,7 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     };
     assert_eq!(refused.code(), Code::Unavailable);
     assert_eq!(refused.metadata().get("dispatcher-reason").unwrap(), "draining");
+    assert_eq!(refused.metadata().get("dispatcher-code").unwrap(), "UNAVAILABLE");
     // The running one is stopped when the drain's time is over, and answered.
     let response = running.await.unwrap().unwrap().into_inner();
     assert_eq!(response.status.unwrap().code(), StatusCode::Cancelled);
@@ -285,6 +286,9 @@ async fn what_is_too_large_or_too_much_is_refused() {
     let mut client = bench.client().await;
     let status = client.serve(request(vec![0; 2 << 20])).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert_eq!(status.metadata().get("dispatcher-reason").unwrap(), "message_too_large");
+    assert_eq!(status.metadata().get("dispatcher-code").unwrap(), "RESOURCE_EXHAUSTED");
+    assert_eq!(status.metadata().get("dispatcher-verdict").unwrap(), "REFUSED");
     let mut padded = sample(None);
     padded.resize(900 << 10, 0);
     for _ in 0..4 {

@@ -10,14 +10,10 @@ use std::{
 };
 
 use tokio::sync::watch;
-use tonic::{
-    Status,
-    body::Body,
-    metadata::{MetadataMap, MetadataValue},
-};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
-use super::{Answer, is_ours};
+use super::{Answer, error, is_ours};
 
 /// The gate; clones are the same one.
 #[derive(Clone, Debug, Default)]
@@ -115,16 +111,8 @@ where
 }
 
 fn draining() -> Status {
-    let mut metadata = MetadataMap::new();
-    for (key, value) in [
-        ("dispatcher-code", "UNAVAILABLE"),
-        ("dispatcher-verdict", "REFUSED"),
-        ("dispatcher-reason", "draining"),
-    ] {
-        metadata.insert(key, MetadataValue::from_static(value));
-    }
     let text = "the dispatcher is shutting down; try another one";
-    Status::with_metadata(tonic::Code::Unavailable, text, metadata)
+    error(Code::Unavailable, "draining", text, None)
 }
 
 #[cfg(test)]

@@ -18,10 +18,10 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout_at};
-use tonic::{Status, body::Body, metadata::MetadataMap};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
-use super::{Answer, is_ours, is_serve, scan::light_bytes};
+use super::{Answer, error, is_ours, is_serve, scan::light_bytes};
 use crate::admission::bytes::{ByteBudget, Reservation};
 
 /// How long a message may make no progress.
@@ -145,7 +145,7 @@ async fn receive(
         let earned = Duration::from_secs(message.length / RATE_MIN);
         let give_up = (Instant::now() + STALL_MAX).min(begun + STALL_MAX + earned);
         let frame = match timeout_at(give_up, body.frame()).await {
-            Err(_) => return Err(Status::deadline_exceeded("the request stopped arriving")),
+            Err(_) => return Err(stalled()),
             Ok(None) => break,
             Ok(Some(frame)) => frame?,
         };
@@ -161,38 +161,29 @@ async fn receive(
     }
     message.flush();
     if serve && message.light() > LIGHT_MAX {
-        let most = LIGHT_MAX >> 20;
-        let text = format!("a request without its binary and input may have {most} MiB");
-        return Err(overload(Status::resource_exhausted(text), None));
+        return Err(too_heavy());
     }
     Ok((message, reservation))
 }
 
 fn over_budget() -> Status {
     let text = "too many request bytes are being received; try again in a moment";
-    overload(Status::resource_exhausted(text), Some(RETRY_AFTER_MS))
+    error(Code::ResourceExhausted, "inflight_bytes", text, Some(RETRY_AFTER_MS))
 }
 
 fn too_large(length: u64, limit: u64) -> Status {
     let text = format!("a message of {length} bytes is too large; at most {limit} are taken");
-    overload(Status::resource_exhausted(text), None)
+    error(Code::ResourceExhausted, "message_too_large", &text, None)
 }
 
-/// Tells proxies and dashboards the same as they find on replies.
-fn overload(status: Status, retry_after_ms: Option<u64>) -> Status {
-    let mut metadata = MetadataMap::new();
-    let entries = [
-        ("dispatcher-code", "RESOURCE_EXHAUSTED"),
-        ("dispatcher-verdict", "REFUSED"),
-        ("dispatcher-reason", "inflight_bytes"),
-    ];
-    for (key, value) in entries {
-        metadata.insert(key, tonic::metadata::MetadataValue::from_static(value));
-    }
-    if let Some(milliseconds) = retry_after_ms {
-        metadata.insert("grpc-retry-pushback-ms", milliseconds.into());
-    }
-    Status::with_metadata(status.code(), status.message(), metadata)
+fn too_heavy() -> Status {
+    let most = LIGHT_MAX >> 20;
+    let text = format!("a request without its binary and input may have {most} MiB");
+    error(Code::ResourceExhausted, "message_too_large", &text, None)
+}
+
+fn stalled() -> Status {
+    error(Code::DeadlineExceeded, "stalled", "the request stopped arriving", None)
 }
 
 /// A message as it came, in pieces.
@@ -342,7 +333,7 @@ mod tests {
         send(&sender, message(1000)[..500].to_vec()).await;
         let begun = Instant::now();
         let status = receive(body, budget.reserve(), 1 << 20, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(status.code(), Code::DeadlineExceeded);
         assert_eq!(begun.elapsed(), STALL_MAX);
         assert_eq!(budget.used(), 0);
     }
@@ -359,7 +350,7 @@ mod tests {
         });
         let reservation = ByteBudget::new(1 << 20).reserve();
         let status = receive(body, reservation, 1 << 20, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(status.code(), Code::DeadlineExceeded);
         assert_eq!(begun.elapsed(), STALL_MAX);
     }
 
@@ -369,20 +360,20 @@ mod tests {
         send(&sender, message(1000)[..6].to_vec()).await;
         let reservation = ByteBudget::new(1 << 20).reserve();
         let status = receive(first, reservation, 999, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(status.code(), Code::ResourceExhausted);
 
         let (sender, second) = body();
         send(&sender, message(10)).await;
         send(&sender, vec![0; 1000]).await;
         let reservation = ByteBudget::new(1 << 20).reserve();
         let status = receive(second, reservation, 999, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(status.code(), Code::ResourceExhausted);
 
         let (sender, third) = body();
         send(&sender, message(1000)).await;
         let budget = ByteBudget::new(500);
         let status = receive(third, budget.reserve(), 1 << 20, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(status.code(), Code::ResourceExhausted);
         let metadata = status.metadata();
         assert_eq!(metadata.get("grpc-retry-pushback-ms").unwrap(), "1000");
         assert_eq!(metadata.get("dispatcher-reason").unwrap(), "inflight_bytes");
@@ -405,6 +396,6 @@ mod tests {
         drop(sender);
         let reservation = ByteBudget::new(1 << 30).reserve();
         let status = receive(body, reservation, 1 << 30, true).await.unwrap_err();
-        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(status.code(), Code::ResourceExhausted);
     }
 }

@@ -1,5 +1,5 @@
 //! Tells proxies and dashboards, which don't read messages, how a call went:
-//! HTTP/2 trailers on every reply of ours.
+//! HTTP/2 trailers on every reply of ours, gRPC errors included.
 
 use std::{
     convert::Infallible,
@@ -12,8 +12,8 @@ use http::{HeaderMap, HeaderValue};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-use super::Answer;
-use crate::server::convert::reply::Trailers;
+use super::{Answer, REASON, is_ours};
+use crate::{server::convert::reply::Trailers, wire::status::Code};
 
 /// Adds the [`Trailers`] that a handler put into its response's extensions to
 /// the trailers of that response.
@@ -48,6 +48,7 @@ where
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Answer {
+        let ours = is_ours(&request);
         let answer = self.inner.call(request);
         Box::pin(async move {
             let mut response = answer.await?;
@@ -56,17 +57,59 @@ where
                     let added = headers(&trailers);
                     response.map(|inner| Body::new(WithTrailers { inner, added }))
                 }
+                None if ours => refused(response),
                 None => response,
             })
         })
     }
 }
 
+/// A gRPC error has no body: its headers are its trailers. Whoever raised it
+/// may have said why.
+fn refused(mut response: http::Response<Body>) -> http::Response<Body> {
+    let headers = response.headers_mut();
+    let Some(status) = headers.get(Status::GRPC_STATUS) else { return response };
+    let code = code_name(tonic::Code::from_bytes(status.as_bytes()));
+    for (name, value) in [
+        ("dispatcher-code", code),
+        ("dispatcher-verdict", "REFUSED"),
+        (REASON, "rpc_error"),
+        ("dispatcher-run-id", ""),
+    ] {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// As `Status.Code` names it, whose numbers are others.
+fn code_name(code: tonic::Code) -> &'static str {
+    let name = match code {
+        tonic::Code::Ok => Code::Ok,
+        tonic::Code::Cancelled => Code::Cancelled,
+        tonic::Code::Unknown => Code::Unknown,
+        tonic::Code::InvalidArgument => Code::InvalidArgument,
+        tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
+        tonic::Code::NotFound => Code::NotFound,
+        tonic::Code::AlreadyExists => Code::AlreadyExists,
+        tonic::Code::PermissionDenied => Code::PermissionDenied,
+        tonic::Code::ResourceExhausted => Code::ResourceExhausted,
+        tonic::Code::FailedPrecondition => Code::FailedPrecondition,
+        tonic::Code::Aborted => Code::Aborted,
+        tonic::Code::OutOfRange => Code::OutOfRange,
+        tonic::Code::Unimplemented => Code::Unimplemented,
+        tonic::Code::Internal => Code::Internal,
+        tonic::Code::Unavailable => Code::Unavailable,
+        tonic::Code::DataLoss => Code::DataLoss,
+        tonic::Code::Unauthenticated => Code::Unauthenticated,
+    };
+    name.as_str_name()
+}
+
 fn headers(trailers: &Trailers) -> HeaderMap {
     let mut map = HeaderMap::new();
     map.insert("dispatcher-code", HeaderValue::from_static(trailers.code));
     map.insert("dispatcher-verdict", HeaderValue::from_static(trailers.verdict));
-    map.insert("dispatcher-reason", HeaderValue::from_static(trailers.reason));
+    map.insert(REASON, HeaderValue::from_static(trailers.reason));
     // A run id is hexadecimal digits.
     if let Ok(run_id) = HeaderValue::from_str(&trailers.run_id) {
         map.insert("dispatcher-run-id", run_id);
