@@ -58,6 +58,9 @@ impl Hierarchy {
     /// moved into a leaf below it. A host that gives nothing is not an error:
     /// [`Hierarchy::available`] says so.
     ///
+    /// Children that outlive the caller must close what they inherit: a copy of
+    /// the lock makes a dead instance look alive, so that nobody sweeps it.
+    ///
     /// # Errors
     /// [`CgroupError::Parent`], [`CgroupError::ParentUnusable`] for a configured parent;
     /// [`CgroupError::Name`], [`CgroupError::InUse`] for the instance;
