@@ -307,6 +307,7 @@ fn policy_faults_of_every_kind() {
         ("bare number for a duration", "[limits]\ntimeout = 30\n"),
         ("too little memory", "[limits]\nmemory = \"1MiB\"\n"),
         ("unknown system call", "[seccomp]\nallow = [\"opne\"]\n"),
+        ("a deadly system call", "[seccomp]\nallow = [\"unshare\"]\n"),
         ("unknown capability", "[capabilities]\nkeep = [\"CAP_FLY\"]\n"),
         ("unknown control", "best_effort = [\"luck\"]\n"),
         ("unknown mode", "mode = \"magic\"\n"),

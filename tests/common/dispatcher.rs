@@ -58,6 +58,7 @@ pub fn best_effort() -> &'static str {
 /// How a dispatcher is to be started.
 pub struct Settings {
     policies: Vec<(String, String)>,
+    files: Vec<(String, String)>,
     server: String,
     policies_table: String,
     tables: String,
@@ -73,6 +74,7 @@ impl Settings {
     ) -> Self {
         Self {
             policies: policies.into_iter().map(|(n, t)| (n.into(), t.into())).collect(),
+            files: vec![],
             server: String::new(),
             policies_table: String::new(),
             tables: String::new(),
@@ -80,6 +82,12 @@ impl Settings {
             arguments: vec![],
             unix_socket: false,
         }
+    }
+
+    /// A further file of the policy directory, by its path there.
+    pub fn file(mut self, path: &str, content: &str) -> Self {
+        self.files.push((path.into(), content.into()));
+        self
     }
 
     /// Lines of the server's file, below `[server]`.
@@ -136,14 +144,18 @@ impl Settings {
         for part in ["policies", "state"] {
             fs::create_dir(base.join(part)).unwrap();
         }
-        for (name, text) in &self.policies {
-            fs::write(base.join(format!("policies/{name}.toml")), text).unwrap();
+        let policies = self.policies.iter().map(|(name, text)| (format!("{name}.toml"), text));
+        let files = self.files.iter().map(|(path, text)| (path.clone(), text));
+        for (path, text) in policies.chain(files) {
+            let path = base.join("policies").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
         }
-        fs::write(base.join("dispatcher.toml"), self.file(base)).unwrap();
+        fs::write(base.join("dispatcher.toml"), self.server_file(base)).unwrap();
         directory
     }
 
-    fn file(&self, base: &Path) -> String {
+    fn server_file(&self, base: &Path) -> String {
         let parent = env::var("DISPATCHER_TEST_CGROUP_PARENT")
             .map(|parent| format!("cgroup_parent = {parent:?}\n"))
             .unwrap_or_default();
