@@ -9,7 +9,11 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, Once, OnceLock, mpsc},
+    sync::{
+        Arc, Mutex, Once, OnceLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -467,6 +471,9 @@ pub fn shared(
     }
 
     slot.get_or_init(|| {
+        // One that does not start is waited for once, not by every test.
+        static TRIED: AtomicBool = AtomicBool::new(false);
+        assert!(!TRIED.swap(true, Ordering::Relaxed), "the shared dispatcher did not start");
         SHARED.lock().unwrap().push(slot);
         ONCE.call_once(|| {
             // SAFETY: the handler is a plain function that does not unwind.
