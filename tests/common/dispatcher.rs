@@ -245,14 +245,29 @@ fn listening_lines(child: &mut Child, count: usize, base: &Path) -> Vec<String> 
         .map(|_| {
             let line =
                 received.recv_timeout(patience(Duration::from_secs(20))).unwrap_or_else(|_| {
-                    let _ = child.kill();
-                    let status = child.wait();
+                    let status = end(child);
                     let log = fs::read_to_string(base.join("log")).unwrap_or_default();
                     panic!("the dispatcher does not listen ({status:?}); its log:\n{log}")
                 });
             line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).to_owned()
         })
         .collect()
+}
+
+/// Ends one that failed a test: in order if it still can, else by force.
+fn end(child: &mut Child) -> Option<ExitStatus> {
+    let pid = Pid::from_raw(child.id() as i32);
+    for _ in 0..2 {
+        let _ = kill(pid, Signal::SIGTERM);
+    }
+    for _ in 0..500 {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Some(status);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let _ = child.kill();
+    child.wait().ok()
 }
 
 /// A running dispatcher. Stopping it (at the latest when dropped) asserts that it
@@ -444,8 +459,7 @@ impl Drop for Dispatcher {
         if thread::panicking() {
             eprintln!("the dispatcher's log ends:\n{}", self.log_tail());
             let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let _ = state.child.kill();
-            let _ = state.child.wait();
+            end(&mut state.child);
         } else {
             self.stop();
         }
