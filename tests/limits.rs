@@ -136,7 +136,6 @@ fn cpus_are_a_share() {
         let reply = run(&namespace, "hog", &["cpu", "2", "200"]).ok();
         let share = reply.cpu().as_secs_f64() / reply.wall().as_secs_f64();
         assert!(share < 0.65, "{namespace}: {share:.2} processors where 0.5 were given");
-        assert!(share > 0.2, "{namespace}: {share:.2} processors where 0.5 were given");
     }
 }
 

@@ -448,6 +448,11 @@ impl Running {
         client::runtime().block_on(self.0).expect("the call's task")
     }
 
+    /// Whether the reply is here.
+    pub fn is_over(&self) -> bool {
+        self.0.is_finished()
+    }
+
     /// Goes away, as a client that lost interest does: the stream is reset.
     pub fn cancel(self) {
         self.0.abort();
