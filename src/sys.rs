@@ -183,7 +183,10 @@ pub fn spawn_prepared(
         return Err(io::Error::other("this process has more than one thread already"));
     }
     // SAFETY: with one thread, the child's copy of our memory is consistent.
-    unsafe { command.pre_exec(prepare) };
+    #[expect(clippy::disallowed_methods, reason = "the monitor has one thread and is small")]
+    unsafe {
+        command.pre_exec(prepare)
+    };
     command.spawn()
 }
 

@@ -450,12 +450,20 @@ fn private_binds_act_as_their_owner_or_not_at_all() {
     assert_eq!(again.text(), "made inside", "the next run reads it too, whatever uid it drew");
 }
 
+/// What a run writes into a host's directory belongs to the directory's owner:
+/// it must not be able to run as him.
 #[test]
-fn what_root_owns_is_not_written_for_tenants() {
+fn no_set_id_file_is_left_to_an_owner() {
     if rootless() {
         skip!("an ordinary user cannot make directories of root's");
     }
-    dispatcher().run("roots", "act", &[]).refused(Code::FailedPrecondition, "control_unavailable");
+    let words = ["write", "/srv/work/tool", "x", "chmod", "/srv/work/tool", "4755"];
+    let reply = dispatcher().run("roots", "act", &words).ok();
+    let results = reply.facts();
+    assert_eq!(results.all("/srv/work/tool"), ["ok", "EPERM"]);
+    let file = fs::metadata(fixture("roots/tool")).unwrap();
+    assert_eq!((file.uid(), file.mode() & 0o6000), (0, 0));
+    assert!(reply.report.refused_syscalls.iter().any(|name| name.contains("chmod")));
 }
 
 #[test]

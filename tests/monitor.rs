@@ -98,8 +98,7 @@ fn next_message(socket: &OwnedFd, buffer: &mut [u8]) -> (usize, Vec<OwnedFd>) {
 }
 
 fn monitor_socket() -> OwnedFd {
-    // SAFETY: the monitor passed it on; nothing else uses the number.
-    unsafe { sys::inherited_fd(3) }
+    sys::take_inherited(3).unwrap()
 }
 
 /// A process's own descriptors: 0, 1, 2 and the given number of others.

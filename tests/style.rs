@@ -117,7 +117,7 @@ fn imports_go_down_only() {
     let mut faults = vec![];
     for path in files("src", "rs") {
         let module = module_of(&path);
-        if module == "lib" {
+        if module == "lib" || module == "testing" {
             continue;
         }
         let Some(rank) = ranks.get(&module) else {
@@ -126,6 +126,8 @@ fn imports_go_down_only() {
         };
         for name in imports(&fs::read_to_string(&path).unwrap()) {
             match ranks.get(&name) {
+                // Fixtures for unit tests, compiled for nothing else.
+                _ if name == "testing" => {}
                 Some(other) if *other <= *rank && name != module => {
                     faults.push(format!(
                         "{} imports {name}, which is not below {module}",
@@ -145,7 +147,7 @@ fn imports_go_down_only() {
 fn some_rooms_do_without() {
     let rules: [(&str, &[&str]); 3] = [
         ("jail", &["tokio", "toml", "tonic", "prost", "clap", "hyper", "bollard", "tracing"]),
-        ("policy", &["libc", "rustix", "tokio", "tonic"]),
+        ("policy", &["rustix", "tokio", "tonic"]),
         ("monitor", &["tokio", "tonic", "prost", "toml"]),
     ];
     let mut faults = vec![];
@@ -169,10 +171,10 @@ fn some_rooms_do_without() {
 
 /// Unsafe code is where it can be looked after.
 #[test]
-fn unsafe_code_stays_in_two_rooms() {
+fn unsafe_code_stays_in_three_rooms() {
     let mut faults = vec![];
     for path in files("src", "rs") {
-        let allowed = ["sys", "jail", "names"].contains(&module_of(&path).as_str());
+        let allowed = ["sys", "jail", "packets"].contains(&module_of(&path).as_str());
         let text = fs::read_to_string(&path).unwrap();
         for (number, line) in text.lines().enumerate() {
             let line = code(line);

@@ -129,10 +129,10 @@ impl Drop for Listener {
     fn drop(&mut self) {
         let Some((path, made)) = &self.file else { return };
         // Somebody else may have put theirs there meanwhile.
-        if identity(path).is_ok_and(|found| found == *made) {
-            if let Err(error) = fs::remove_file(path) {
-                tracing::warn!(%error, "{} can't be removed", path.display());
-            }
+        if identity(path).is_ok_and(|found| found == *made)
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(%error, "{} can't be removed", path.display());
         }
     }
 }

@@ -192,12 +192,12 @@ impl<'a> Monitor<'a> {
                     tracing::error!(%error, "{action:?} failed");
                 }
             }
-            if events.is_empty() {
-                if let Err(error) = self.wait(state.deadline(), &mut events) {
-                    // Without poll(2) there is nothing left to do; the children go with us.
-                    tracing::error!(%error, "waiting failed");
-                    return 1;
-                }
+            if events.is_empty()
+                && let Err(error) = self.wait(state.deadline(), &mut events)
+            {
+                // Without poll(2) there is nothing left to do; the children go with us.
+                tracing::error!(%error, "waiting failed");
+                return 1;
             }
             if let Some(event) = events.pop_front() {
                 actions.extend(state.on(event, Instant::now()));

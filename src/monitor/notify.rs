@@ -62,10 +62,10 @@ impl Notifier {
     }
 
     fn send(&self, text: &str) {
-        if let Some((socket, address)) = &self.0 {
-            if let Err(error) = socket.send_to_addr(text.as_bytes(), address) {
-                tracing::warn!(%error, "$NOTIFY_SOCKET can't be told {:?}", text.trim());
-            }
+        if let Some((socket, address)) = &self.0
+            && let Err(error) = socket.send_to_addr(text.as_bytes(), address)
+        {
+            tracing::warn!(%error, "$NOTIFY_SOCKET can't be told {:?}", text.trim());
         }
     }
 }
