@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod dispatch;
 pub mod execute;
+pub mod host;
 pub mod jail;
 pub mod monitor;
 pub mod names;

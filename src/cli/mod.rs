@@ -2,6 +2,7 @@
 
 pub mod call;
 pub mod config;
+pub mod doctor;
 pub mod exit;
 pub mod json;
 pub mod limits;
@@ -49,6 +50,8 @@ enum Command {
     Policy(policy::PolicyArgs),
     /// Check and describe the server's own file
     Config(config::ConfigArgs),
+    /// Tell what this host can and can't enforce, by trying, and how to mend it
+    Doctor(doctor::DoctorArgs),
     /// Tell the version, the commit, and which wire and policies it speaks
     Version(version::VersionArgs),
 }
@@ -80,6 +83,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Call(args) => call::run(args),
         Command::Policy(args) => policy::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Version(args) => version::run(&args),
     }
 }

@@ -334,8 +334,11 @@ fn make_read_only() -> io::Result<()> {
 }
 
 /// mount_setattr(2): adds attributes to one mount, or with an empty path to
-/// the whole tree that the descriptor stands for.
-fn set_attributes(
+/// the whole tree that the descriptor stands for. Only system calls.
+///
+/// # Errors
+/// Those of mount_setattr(2).
+pub fn set_attributes(
     directory: BorrowedFd<'_>,
     path: &CStr,
     attributes: u64,

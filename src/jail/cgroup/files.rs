@@ -12,6 +12,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 /// Deepest nesting that is looked into. Runs make no cgroups of their own.
 const DEPTH_MAX: usize = 8;
 
+/// Permissions of our own directories.
+pub(super) const MODE: u32 = 0o700;
+
 /// Marks directories that a dispatcher made above its own, so that a later one
 /// knows them after a crash. The second is for those without privilege.
 const MARKS: [&str; 2] = ["trusted.dispatcher", "user.dispatcher"];
@@ -57,7 +60,7 @@ pub(super) fn move_process(directory: &Path, pid: i32) -> io::Result<()> {
 
 /// Makes `directory` for our eyes only: nobody else may lock it or look at who runs.
 pub(super) fn make(directory: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().mode(0o700).create(directory)
+    fs::DirBuilder::new().mode(MODE).create(directory)
 }
 
 /// Makes `directory` and what is missing above it, each marked as made by a dispatcher.

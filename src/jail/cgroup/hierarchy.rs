@@ -49,7 +49,7 @@ struct Tree {
 
 impl Hierarchy {
     /// Finds the hierarchies, makes `<parent>/dispatcher.<instance>/` in each that is
-    /// needed, clears away what dead instances left beside it, and tries which
+    /// needed, clears away what dead instances left, and tries which
     /// controls can be given.
     ///
     /// `parent` is `[server] cgroup_parent`: a path below each hierarchy's top, or
@@ -122,13 +122,16 @@ impl Hierarchy {
             .collect();
         let mut affected: Vec<_> = wanted.iter().flat_map(|c| controls_of(*c)).copied().collect();
         affected.push(Control::CgroupKill);
+        if layout.legacy.iter().all(|l| !l.controllers.contains(&Controller::Cpuacct)) {
+            affected.push(Control::CpuTime);
+        }
         let (mount, detached) = match unified_mount(layout) {
             Ok(found) => found,
             Err(reason) => {
-                for controller in wanted {
-                    self.lack(controls_of(controller), &mend::nowhere(controller));
+                for controller in wanted.iter().filter(|_| layout.unified.is_none()) {
+                    self.lack(controls_of(*controller), &mend::nowhere(*controller));
                 }
-                self.lack(&[Control::CgroupKill], &reason);
+                self.lack(&affected, &reason);
                 return Ok(());
             }
         };
@@ -194,7 +197,7 @@ impl Hierarchy {
                 return Ok(());
             }
         };
-        for (path, error) in instance::sweep(&place.parent) {
+        for (path, error) in instance::sweep(&top) {
             self.leftovers.push(format!("{}: {error}", path.display()));
         }
         let tree = Tree { kind, controllers, instance, place, top, _detached: detached };

@@ -27,6 +27,11 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// so may a process of a killed launcher of ours that is about to die.
 const CLAIMS_MAX: u32 = 200;
 
+/// How far a sweep looks. A host with more cgroups keeps what dead instances left
+/// in the rest, all of it empty: their processes died with them.
+const SWEEP_DEPTH_MAX: usize = 8;
+const SWEEP_MAX: usize = 10_000;
+
 /// A directory that is ours for as long as the lock on it is held.
 ///
 /// The lock goes with the process however that ends, so that it tells the
@@ -41,13 +46,16 @@ impl Instance {
     /// Makes or takes over `parent/dispatcher.<name>`, empty and locked.
     ///
     /// # Errors
-    /// `WouldBlock` when a living dispatcher holds it; `ResourceBusy` when a
+    /// `WouldBlock` when a living dispatcher holds it; `AlreadyExists` when what
+    /// has that name is not a dispatcher's; `ResourceBusy` when a
     /// process of a dead one will not die; those of mkdir(2).
     pub(super) fn claim(parent: &Path, name: &str) -> io::Result<Self> {
         let directory = parent.join(format!("{PREFIX}{name}"));
         for _ in 0..CLAIMS_MAX {
             match files::make(&directory) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                // Gone meanwhile, or not ours at all.
+                Err(error) if directory.exists() && !is_instance(&directory) => return Err(error),
                 _ => {}
             }
             match lock(&directory) {
@@ -75,23 +83,43 @@ impl Instance {
     }
 }
 
-/// Clears away what dead instances left in `parent`; living ones hold their lock.
-/// Gives what could not be cleared.
-pub(super) fn sweep(parent: &Path) -> Vec<(PathBuf, io::Error)> {
-    files::children(parent)
-        .into_iter()
-        .filter(|directory| is_instance(directory))
-        .filter_map(|directory| {
-            let _lock = lock(&directory).ok()?;
-            files::destroy(&directory, PATIENCE).err().map(|error| (directory, error))
-        })
-        .collect()
+/// Clears away what dead instances left anywhere in the hierarchy: they may
+/// have had another parent. Living ones hold their lock, and what others made
+/// under such a name is not touched. Gives what could not be cleared.
+pub(super) fn sweep(top: &Path) -> Vec<(PathBuf, io::Error)> {
+    let mut failed = Vec::new();
+    let mut level = vec![top.to_owned()];
+    let mut seen = 0;
+    for _ in 0..SWEEP_DEPTH_MAX {
+        let mut below = Vec::new();
+        for directory in level.iter().flat_map(|directory| files::children(directory)) {
+            seen += 1;
+            if seen > SWEEP_MAX {
+                return failed;
+            }
+            if !is_instance(&directory) {
+                below.push(directory);
+            } else if let Ok(_lock) = lock(&directory)
+                && let Err(error) = files::destroy(&directory, PATIENCE)
+            {
+                failed.push((directory, error));
+            }
+        }
+        level = below;
+    }
+    failed
 }
 
-/// Named as ours are, and made by our user: no one else's word makes us kill.
+/// Made by a dispatcher of our own user: by its name, and by its permissions,
+/// since systemd may have a dispatcher.service or a dispatcher.slice. On no one
+/// else's word do we kill.
 fn is_instance(directory: &Path) -> bool {
-    directory.file_name().is_some_and(|name| name.as_bytes().starts_with(PREFIX.as_bytes()))
-        && fs::metadata(directory).is_ok_and(|d| d.uid() == rustix::process::geteuid().as_raw())
+    let name = directory.file_name().unwrap_or_default();
+    name.as_bytes().starts_with(PREFIX.as_bytes())
+        && fs::symlink_metadata(directory).is_ok_and(|found| {
+            found.uid() == rustix::process::geteuid().as_raw()
+                && found.mode() & 0o777 == files::MODE
+        })
 }
 
 fn lock(directory: &Path) -> Result<OwnedFd, Errno> {

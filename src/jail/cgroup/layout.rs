@@ -137,9 +137,12 @@ impl<'a> Entry<'a> {
 
     fn mount(&self, own: Option<&str>) -> Mount {
         let point = PathBuf::from(&self.point);
-        let own = own
-            .and_then(|path| below(&self.root, path))
-            .map(|path| point.join(path.trim_start_matches('/')));
+        let own = own.and_then(|path| below(&self.root, path)).map(|path| {
+            match path.trim_start_matches('/') {
+                "" => point.clone(), // joining nothing would leave a slash at the end
+                path => point.join(path),
+            }
+        });
         Mount { point, own, read_only: self.read_only }
     }
 }

@@ -52,7 +52,7 @@ pub(super) fn unusable(directory: &Path, error: &io::Error) -> Reason {
         Some(libc::EACCES | libc::EPERM) if !is_root() => own_scope(),
         _ => "set [server] cgroup_parent to a cgroup that exists or can be made".to_owned(),
     };
-    Reason { why: format!("{} cannot be made: {error}", directory.display()), mend }
+    Reason { why: format!("{} cannot be made: {error}", shown(directory)), mend }
 }
 
 pub(super) fn legacy_not_writable(mount: &Mount, directory: &Path, error: &io::Error) -> Reason {
@@ -68,12 +68,23 @@ pub(super) fn legacy_not_writable(mount: &Mount, directory: &Path, error: &io::E
     Reason { why, mend }
 }
 
+/// A path below a hierarchy that is mounted for us alone says nothing to people.
+fn shown(directory: &Path) -> String {
+    match directory.strip_prefix("/proc/self/fd") {
+        Ok(rest) => {
+            let below: std::path::PathBuf = rest.components().skip(1).collect();
+            format!("/{} of the cgroup v2 hierarchy", below.display())
+        }
+        Err(_) => directory.display().to_string(),
+    }
+}
+
 pub(super) fn unified_not_writable(directory: &Path, error: &io::Error) -> Reason {
     let mend = match error.raw_os_error() {
         Some(libc::EROFS) => "mount -o remount,rw /sys/fs/cgroup".to_owned(),
         _ => own_scope(),
     };
-    Reason { why: format!("{} cannot be written to: {error}", directory.display()), mend }
+    Reason { why: format!("{} cannot be written to: {error}", shown(directory)), mend }
 }
 
 /// A controller that the children of `parent` cannot have.
@@ -107,7 +118,7 @@ pub(super) fn not_enabled(
             own_scope()
         ),
     };
-    let why = format!("the {name} controller is not to be had in {}: {refused}", parent.display());
+    let why = format!("the {name} controller is not to be had in {}: {refused}", shown(parent));
     Reason { why, mend }
 }
 

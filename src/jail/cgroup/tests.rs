@@ -226,6 +226,30 @@ fn what_a_dead_instance_left_is_swept() {
 }
 
 #[test]
+fn a_sweep_reaches_other_parents_and_leaves_strangers_alone() {
+    let Some(host) = Host::open("sweep", &[Control::CgroupPids]) else { return };
+    let inside = host.directories().remove(0);
+    // A dead one with another parent: somewhere below, as far as we may make any.
+    let parent = inside.parent().unwrap().join(format!("test-{}", std::process::id()));
+    fs::create_dir(&parent).unwrap();
+    let dead = parent.join("dispatcher.dead");
+    files::make(&dead).unwrap();
+    // As systemd makes them.
+    let stranger = parent.join("dispatcher.slice");
+    fs::create_dir(&stranger).unwrap();
+    let claimed = instance::Instance::claim(&parent, "slice").unwrap_err();
+    assert_eq!(claimed.kind(), io::ErrorKind::AlreadyExists);
+    let next = Hierarchy::open("", &unique("sweeper"), &[rustix::process::getpid()]).unwrap();
+    next.close().unwrap();
+    let (dead_left, stranger_left) = (dead.exists(), stranger.exists());
+    for directory in [&stranger, &dead, &parent] {
+        files::remove(directory).unwrap();
+    }
+    assert!(!dead_left && stranger_left, "dead: {dead_left}, stranger: {stranger_left}");
+    host.close();
+}
+
+#[test]
 fn a_restarted_launcher_takes_its_instance_over() {
     let Some(host) = Host::open("again", &[Control::CgroupPids]) else { return };
     let cgroup = host.hierarchy.create("run", &limits(), &CONTROLS).unwrap();
