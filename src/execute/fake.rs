@@ -38,6 +38,8 @@ pub(crate) enum Behaviour {
     Flood,
     /// Starts, says "begun" and ends only when stopped.
     Wait,
+    /// Starts, and never says anything again.
+    Hang,
     /// Starts and closes the connection.
     Die,
     /// Does not start.
@@ -93,6 +95,11 @@ impl FakeLauncher {
     /// Whether there was a launch that [`Self::launched`] has not returned yet.
     pub(crate) fn was_asked(&self) -> bool {
         self.launches.try_recv().is_ok()
+    }
+
+    /// Says that a run ended, whatever its behaviour.
+    pub(crate) fn end(&self, run: RunId, end: End) {
+        tell(&self.socket, &FromLauncher::Ended { run, end: Box::new(end) });
     }
 
     /// Announces other policies.
@@ -194,6 +201,7 @@ fn perform(
                 break stopped(cause);
             }
         },
+        Behaviour::Hang => return,
         Behaviour::Die => {
             let _ = program.stdout.write_all(b"begun");
             // Only once that was read is the capture sure to have it.

@@ -108,6 +108,21 @@ impl Launcher {
         }
     }
 
+    /// Has [`Self::keep_until_released`] keep what a run was granted of which
+    /// nothing is heard; `false` where there is word of it after all.
+    pub(super) fn give_up(&self, registration: &Registration) -> bool {
+        // The receiving task delivers before it takes this lock: either the
+        // message is here already, or the run is found set aside. Likewise it
+        // closes the channels before it forgets all that was set aside.
+        let mut aside = self.aside();
+        let messages = &registration.messages;
+        let silent = messages.is_empty() && !messages.is_closed();
+        if silent {
+            aside.insert(registration.run, None);
+        }
+        silent
+    }
+
     fn aside(&self) -> MutexGuard<'_, HashMap<RunId, Option<Kept>>> {
         self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,14 +180,19 @@ impl Launcher {
                     });
                 }
                 FromLauncher::Released { run } => drop(self.aside().remove(&run)),
-                FromLauncher::Refused { run, .. } | FromLauncher::Started { run, .. } => {
+                FromLauncher::Started { run, .. } => connection.deliver(run, message),
+                FromLauncher::Refused { run, .. } => {
+                    connection.deliver(run, message);
+                    drop(self.aside().remove(&run));
+                }
+                FromLauncher::Ended { run, ref end } if end.quarantined => {
+                    self.aside().insert(run, None);
                     connection.deliver(run, message);
                 }
-                FromLauncher::Ended { run, ref end } => {
-                    if end.quarantined {
-                        self.aside().insert(run, None);
-                    }
+                FromLauncher::Ended { run, .. } => {
                     connection.deliver(run, message);
+                    // It may have been given up, and ended after all.
+                    drop(self.aside().remove(&run));
                 }
             }
         }

@@ -59,7 +59,8 @@ pub(super) async fn execute(
         });
         let mut output_done = false;
         let ended = {
-            let mut watched = pin!(watch(&mut registration, &plan, &mut stop, &over));
+            let watched = watch(launcher, &mut registration, &plan, &mut stop, &over);
+            let mut watched = pin!(watched);
             loop {
                 tokio::select! {
                     ended = &mut watched => break ended,
@@ -233,6 +234,7 @@ struct Ended {
 
 /// Follows the run to its end, and stops it where there is cause.
 async fn watch(
+    launcher: &Launcher,
     registration: &mut Registration,
     plan: &Plan,
     stop: &mut StopSignal,
@@ -269,6 +271,9 @@ async fn watch(
                 Some(FromLauncher::Ready { .. } | FromLauncher::Released { .. }) => continue,
             },
             () = until(answer_by) => {
+                if !launcher.give_up(registration) {
+                    continue;
+                }
                 let owed = if started.is_some() { "end the run" } else { "start the run" };
                 return Err(ExecuteError::Stuck(owed));
             }

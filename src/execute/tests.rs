@@ -197,3 +197,28 @@ async fn a_nul_never_reaches_the_launcher() {
     assert!(matches!(error, ExecuteError::Internal { .. }), "{error}");
     assert!(!fake.was_asked());
 }
+
+/// Time is paused: with nothing else to do, it jumps to the next timer.
+#[tokio::test(start_paused = true)]
+async fn a_launcher_that_hangs_is_not_waited_for_and_its_run_stays_counted() {
+    struct Grant(Arc<AtomicU32>);
+    impl Drop for Grant {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    let (launcher, fake) = fake(|| Behaviour::Hang);
+    launcher.ready().await;
+    let mut invocation = invocation();
+    invocation.deadline = Some(Instant::now() + Duration::from_secs(1));
+    let run = invocation.run;
+    let error = launcher.execute(invocation, never(), None).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Stuck(_)), "{error}");
+    let given_back = Arc::new(AtomicU32::new(0));
+    launcher.keep_until_released(run, Box::new(Grant(Arc::clone(&given_back))));
+    assert_eq!(given_back.load(Ordering::Relaxed), 0);
+    fake.end(run, exited(0));
+    while given_back.load(Ordering::Relaxed) == 0 {
+        tokio::task::yield_now().await;
+    }
+}
