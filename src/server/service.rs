@@ -187,7 +187,10 @@ fn reported(record: &mut Record, report: &wire::ExecutionReport) {
     record.policy.clone_from(&report.policy);
     record.policy_digest.clone_from(&report.policy_digest);
     record.artifact.clone_from(&report.artifact_digest);
-    record.mode = report.mode().as_str_name().trim_start_matches("EXECUTION_MODE_").to_lowercase();
+    if report.mode() != wire::ExecutionMode::Unspecified {
+        let name = report.mode().as_str_name();
+        record.mode = name.trim_start_matches("EXECUTION_MODE_").to_lowercase();
+    }
     let queue = report.queue_time.and_then(|queue| queue.try_into().ok());
     record.queue = queue.unwrap_or_default();
 }
