@@ -8,7 +8,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _},
     net::TcpStream,
     os::{
         fd::OwnedFd,
@@ -85,7 +85,7 @@ fn run_tests() {
 // The fakes.
 
 fn tell(text: &str) {
-    writeln!(io::stderr(), "{text}").unwrap();
+    eprintln!("{text}");
 }
 
 fn mode(variable: &str) -> String {

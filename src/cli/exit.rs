@@ -1,8 +1,12 @@
 //! Exit codes, and the one line that explains any but 0.
 
-use std::{fmt::Display, process::ExitCode};
+use std::{
+    fmt::Display,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
-use crate::wire::{ExecutionReport, Status, Verdict};
+use crate::wire::{ExecutionReport, Status, Verdict, status};
 
 /// The thing checked is wrong, or the service could not be kept up.
 pub const FAILURE: u8 = 1;
@@ -24,8 +28,7 @@ const SYSCALL_DENIED: u8 = 159;
 const CANCELLED: u8 = 130;
 
 /// The exit code of `run` and `call` for a reply.
-#[must_use]
-pub fn code(report: &ExecutionReport) -> u8 {
+fn code(report: &ExecutionReport) -> u8 {
     match report.verdict() {
         Verdict::Exited | Verdict::Completed => u8::try_from(report.exit_code).unwrap_or(REFUSED),
         Verdict::Signalled => u8::try_from(128 + report.signal).unwrap_or(REFUSED),
@@ -37,18 +40,38 @@ pub fn code(report: &ExecutionReport) -> u8 {
     }
 }
 
-/// `dispatcher: VERDICT reason: text`, for whoever reads standard error.
+/// Ends `run` or `call`: the code, and the line where there is something to
+/// explain. `unfinished`: the program's last line on standard error has no end.
 #[must_use]
-pub fn line(report: &ExecutionReport, status: &Status) -> String {
+pub fn finish(report: &ExecutionReport, status: &Status, unfinished: bool) -> ExitCode {
+    let code = code(report);
+    // An output that isn't what was asked for leaves the program's 0 as it is.
+    if code != 0 || status.code() != status::Code::Ok {
+        let end = if unfinished { "\n" } else { "" };
+        // Nobody reads it: the code still tells.
+        writeln!(io::stderr(), "{end}{}", line(report, status)).ok();
+    }
+    ExitCode::from(code)
+}
+
+/// `dispatcher: VERDICT reason: text`, for whoever reads standard error.
+fn line(report: &ExecutionReport, status: &Status) -> String {
     let verdict = report.verdict().as_str_name().trim_start_matches("VERDICT_");
     let reason = status.details.get("reason").map_or("failed", String::as_str);
     format!("dispatcher: {verdict} {reason}: {}", printable(&status.message))
 }
 
 /// Says what is wrong and gives the code.
+#[must_use]
 pub fn fail(code: u8, what: impl Display) -> ExitCode {
-    eprintln!("dispatcher: {what}");
+    writeln!(io::stderr(), "dispatcher: {}", printable(&what.to_string())).ok();
     ExitCode::from(code)
+}
+
+/// Whether a line of this text, if it is not empty, has no end.
+#[must_use]
+pub fn is_unfinished(text: &[u8]) -> bool {
+    text.last().is_some_and(|last| *last != b'\n')
 }
 
 /// Text of a stranger's for a terminal: no escape sequence gets through.
@@ -77,6 +100,10 @@ mod tests {
             (Verdict::CpuTimeExceeded, 0, 9, 137),
             (Verdict::OutputExceeded, 0, 9, 137),
             (Verdict::SyscallDenied, 0, 9, 159),
+            (Verdict::Cancelled, 0, 9, 130),
+            (Verdict::Exited, 256, 0, 125),
+            (Verdict::Signalled, 0, 64, 192),
+            (Verdict::Signalled, 0, 1000, 125),
             (Verdict::Refused, 0, 0, 125),
             (Verdict::Failed, 0, 0, 125),
             (Verdict::Unspecified, 0, 0, 125),
@@ -96,5 +123,12 @@ mod tests {
             line(&report(Verdict::Refused, 0, 0), &status),
             "dispatcher: REFUSED no_policy: no\u{fffd}[31m policy"
         );
+    }
+
+    #[test]
+    fn the_line_begins_a_line() {
+        assert!(is_unfinished(b"half"));
+        assert!(!is_unfinished(b"whole\n"));
+        assert!(!is_unfinished(b""));
     }
 }

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 use prost_types::Any;
 use serde_json::{Value, json};
 
@@ -17,6 +17,9 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     pool
 });
 
+/// The type that holds any other.
+const ANY: &str = "google.protobuf.Any";
+
 /// Why JSON text is not a message.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
@@ -25,6 +28,14 @@ pub enum JsonError {
         "{0:?} is not a type known here; encode the message yourself and use --input with --input-type"
     )]
     UnknownType(String),
+    /// The text says that it is of another type.
+    #[error("the input's \"@type\" is {own:?}, and --input-type names {named:?}")]
+    OtherType {
+        /// By the flag.
+        named: String,
+        /// By the text.
+        own: String,
+    },
     /// The text doesn't fit the type.
     #[error("the input is not a {type_name} in JSON: {error}")]
     Malformed {
@@ -48,12 +59,13 @@ pub fn response(response: &ServeResponse) -> Value {
     value
 }
 
-/// A request as JSON, for `grpcurl -d @`. An input of unknown type can't be
-/// said there: it becomes `options.inputBytes` and `options.inputType`.
+/// A request as JSON, for `grpcurl -d @`. There an Any can only be said whose
+/// type both sides know: so the input becomes `options.inputBytes` and
+/// `options.inputType`, which mean the same.
 #[must_use]
 pub fn request(request: &ServeRequest) -> Value {
     let mut request = request.clone();
-    if let Some(input) = request.input.take_if(|any| !is_known(any)) {
+    if let Some(input) = request.input.take() {
         let options = request.options.get_or_insert_default();
         options.input_bytes = input.value.into();
         options.input_type = input.type_url;
@@ -61,28 +73,64 @@ pub fn request(request: &ServeRequest) -> Value {
     to_json("collector.ServeRequest", &request)
 }
 
-/// A report as JSON, with the status that it goes with as `status`.
+/// The report of a reply as JSON, and beside its fields the reply's `status` and
+/// `output`.
 #[must_use]
-pub fn report(report: &wire::ExecutionReport, status: &wire::Status) -> Value {
-    let mut value = to_json("collector.ExecutionReport", report);
-    if let Some(object) = value.as_object_mut() {
-        object.insert("status".into(), to_json("collector.Status", status));
+pub fn report(reply: &ServeResponse) -> Value {
+    let mut reply = response(reply);
+    let mut report = reply["report"].take();
+    if report.is_null() {
+        report = json!({});
     }
-    value
+    for key in ["status", "output"] {
+        if reply.get(key).is_some() {
+            report[key] = reply[key].take();
+        }
+    }
+    report
 }
 
-/// Encodes JSON text as a message of the type that a URL names.
+/// The type URL for a type that is named by its URL or by its name alone.
+#[must_use]
+pub fn type_url(named: &str) -> String {
+    if named.contains('/') { named.to_owned() } else { format!("type.googleapis.com/{named}") }
+}
+
+/// The type that JSON text names by itself: its `@type`.
+#[must_use]
+pub fn own_type(text: &str) -> Option<String> {
+    let value: Value = serde_json::from_str(text).ok()?;
+    value.get("@type")?.as_str().map(str::to_owned)
+}
+
+/// Encodes JSON text as a message of the type that a URL names. Text that
+/// repeats its type as `@type` is read as the JSON of an Any.
 ///
 /// # Errors
 /// [`JsonError`].
 pub fn encode(type_url: &str, text: &str) -> Result<Vec<u8>, JsonError> {
     let name = type_url.rsplit('/').next().unwrap_or_default();
-    let descriptor =
-        POOL.get_message_by_name(name).ok_or_else(|| JsonError::UnknownType(name.to_owned()))?;
+    let unknown = || JsonError::UnknownType(name.to_owned());
+    let malformed = |error| JsonError::Malformed { type_name: name.to_owned(), error };
+    let descriptor = POOL.get_message_by_name(name).ok_or_else(unknown)?;
+    if let Some(own) = own_type(text) {
+        if own.rsplit('/').next() != Some(name) {
+            return Err(JsonError::OtherType { named: name.to_owned(), own });
+        }
+        let any = POOL.get_message_by_name(ANY).ok_or_else(unknown)?;
+        let bytes = read(any, text).map_err(malformed)?;
+        return Any::decode(bytes.as_slice())
+            .map(|any| any.value)
+            .map_err(|error| malformed(serde::de::Error::custom(error)));
+    }
+    read(descriptor, text).map_err(malformed)
+}
+
+fn read(descriptor: MessageDescriptor, text: &str) -> Result<Vec<u8>, serde_json::Error> {
     let mut reader = serde_json::Deserializer::from_str(text);
-    DynamicMessage::deserialize(descriptor, &mut reader)
-        .and_then(|message| reader.end().map(|()| message.encode_to_vec()))
-        .map_err(|error| JsonError::Malformed { type_name: name.to_owned(), error })
+    let message = DynamicMessage::deserialize(descriptor, &mut reader)?;
+    reader.end()?;
+    Ok(message.encode_to_vec())
 }
 
 fn split_any(any: Option<&Any>) -> (Option<Any>, Option<Value>) {
@@ -96,9 +144,8 @@ fn split_any(any: Option<&Any>) -> (Option<Any>, Option<Value>) {
 }
 
 fn is_known(any: &Any) -> bool {
-    let mut message = DynamicMessage::new(
-        POOL.get_message_by_name("google.protobuf.Any").expect("a well-known type"),
-    );
+    let mut message =
+        DynamicMessage::new(POOL.get_message_by_name(ANY).expect("a well-known type"));
     let bytes = any.encode_to_vec();
     message.merge(bytes.as_slice()).is_ok() && serde_json::to_value(&message).is_ok()
 }
@@ -145,5 +192,42 @@ mod tests {
             encode("collector.Status", "{} trailing"),
             Err(JsonError::Malformed { .. })
         ));
+    }
+
+    #[test]
+    fn json_that_names_its_type_is_read_by_it() {
+        let text = r#"{"@type": "type.googleapis.com/collector.Status", "message": "hi"}"#;
+        let url = own_type(text).unwrap();
+        let status = wire::Status { message: "hi".into(), ..Default::default() };
+        assert_eq!(encode(&url, text).unwrap(), status.encode_to_vec());
+        let other = encode("google.protobuf.StringValue", text);
+        assert!(matches!(other, Err(JsonError::OtherType { .. })), "{other:?}");
+        assert_eq!(own_type("{}"), None);
+        assert_eq!(own_type("[1"), None);
+        assert_eq!(type_url("a.B"), "type.googleapis.com/a.B");
+        assert_eq!(type_url("example.com/a.B"), "example.com/a.B");
+    }
+
+    #[test]
+    fn a_requests_input_is_said_in_bytes() {
+        let input = Any { type_url: "x/a.B".into(), value: b"\x01\x02".to_vec() };
+        let shown = request(&ServeRequest { input: Some(input), ..Default::default() });
+        assert_eq!(shown["options"]["inputType"], "x/a.B");
+        assert_eq!(shown["options"]["inputBytes"], "AQI=");
+        assert!(shown.get("input").is_none());
+    }
+
+    #[test]
+    fn a_report_has_status_and_output_beside_it() {
+        let details = [("reason".to_owned(), "exit_nonzero".to_owned())].into();
+        let reply = ServeResponse {
+            status: Some(wire::Status { code: 2, details, ..Default::default() }),
+            report: Some(wire::ExecutionReport { exit_code: 3, ..Default::default() }),
+            ..Default::default()
+        };
+        let shown = report(&reply);
+        assert_eq!(shown["exitCode"], 3);
+        assert_eq!(shown["status"]["details"]["reason"], "exit_nonzero");
+        assert_eq!(report(&ServeResponse::default())["output"], Value::Null);
     }
 }

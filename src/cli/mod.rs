@@ -87,3 +87,26 @@ fn run(cli: Cli) -> ExitCode {
         Command::Version(args) => version::run(&args),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_says_what_it_takes() {
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(command.get_about().is_some(), "{help}");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{}: {argument}", command.get_name());
+            }
+        }
+    }
+}

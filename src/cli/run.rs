@@ -40,8 +40,18 @@ use crate::{
 /// Pieces of output that may wait for a slow terminal; the program waits then.
 const CHUNKS_WAITING: usize = 16;
 
+const EXAMPLES: &str = "\
+Examples:
+  dispatcher run ./hello world
+  dispatcher run --policy policies/batch.toml --timeout 5s --memory 64MiB ./job
+  dispatcher run --input data.bin --json ./filter | jq .memoryPeakBytes
+
+What stands after BINARY goes to the program, flags included. Without --json its
+standard output and error pass through as they come.";
+
 /// Arguments of `dispatcher run`.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct RunArgs {
     /// The directory of policies [default: the one that `serve` would read, if
     /// it is there, else the built-in policy]
@@ -85,7 +95,7 @@ enum RunError {
 #[must_use]
 pub fn run(args: &RunArgs) -> ExitCode {
     match prepare_and_run(args) {
-        Ok(response) => show(args, &response),
+        Ok((response, unfinished)) => show(args, &response, unfinished),
         Err(RunError::Usage(what)) => exit::fail(USAGE, what),
         Err(RunError::Failed(what)) => exit::fail(exit::REFUSED, what),
         Err(RunError::Configuration(faults)) => {
@@ -97,7 +107,8 @@ pub fn run(args: &RunArgs) -> ExitCode {
     }
 }
 
-fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
+/// The reply, and whether what the program wrote to standard error ends within a line.
+fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
     // Where it would listen is of no concern here.
     let overrides = ConfigOverrides { insecure: Some(true), ..ConfigOverrides::default() };
     let settings = config::load(None, &overrides, &Surroundings::current())
@@ -109,8 +120,7 @@ fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
     let request = request(args, namespace)?;
     // Before the runtime: the launcher is forked from a process with one thread.
     let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
-    let mut launcher = launcher_config(&settings)
-        .and_then(|config| monitor::spawn_launcher(config, &loaded.templates))
+    let mut launcher = monitor::spawn_launcher(launcher_config(&settings), &loaded.templates)
         .map_err(|error| failed("the launcher can't be started", error))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -130,12 +140,12 @@ fn prepare_and_run(args: &RunArgs) -> Result<ServeResponse, RunError> {
     response
 }
 
-fn launcher_config(settings: &LoadedConfig) -> io::Result<LauncherConfig> {
-    Ok(LauncherConfig {
-        instance: monitor::instance()?,
+fn launcher_config(settings: &LoadedConfig) -> LauncherConfig {
+    LauncherConfig {
+        instance: monitor::instance(),
         cgroup_parent: settings.config.cgroup_parent.clone(),
         uid_range: settings.config.uid_range,
-    })
+    }
 }
 
 /// The policies, and the namespace that the run is of.
@@ -186,7 +196,7 @@ async fn execute(
     loaded: Loaded,
     request: ServeRequest,
     launcher: Launcher,
-) -> Result<ServeResponse, RunError> {
+) -> Result<(ServeResponse, bool), RunError> {
     // One call: nothing to share, so nothing to ration.
     let admission = Admission::new(Capacity { runs: None, memory: u64::MAX });
     let dispatcher =
@@ -203,19 +213,22 @@ async fn execute(
     let cancel = tokio::spawn(cancel_on_signal(stop));
     let reply = dispatcher.dispatch(convert::call(request), context).await;
     cancel.abort();
-    if let Some(printer) = printer {
+    let unfinished = match printer {
         // It ends with the sink; a printer that failed has printed what it could.
-        printer.await.ok();
-    }
-    Ok(convert::response(reply, "").0)
+        Some(printer) => printer.await.unwrap_or_default(),
+        None => false,
+    };
+    Ok((convert::response(reply, "").0, unfinished))
 }
 
-type Printer = tokio::task::JoinHandle<()>;
+/// Ends by saying whether standard error ends within a line.
+type Printer = tokio::task::JoinHandle<bool>;
 
 /// Passes the program's output on as it comes.
 fn live_output() -> (Option<OutputSink>, Option<Printer>) {
     let (sink, mut chunks) = mpsc::channel(CHUNKS_WAITING);
     let printer = tokio::task::spawn_blocking(move || {
+        let mut unfinished = false;
         while let Some(chunk) = chunks.blocking_recv() {
             // A reader that went away (`| head`) doesn't stop the program.
             match chunk {
@@ -223,9 +236,13 @@ fn live_output() -> (Option<OutputSink>, Option<Printer>) {
                     let mut stdout = io::stdout().lock();
                     stdout.write_all(&bytes).and_then(|()| stdout.flush()).ok();
                 }
-                Chunk::Stderr(bytes) => io::stderr().write_all(&bytes).unwrap_or_default(),
+                Chunk::Stderr(bytes) => {
+                    io::stderr().write_all(&bytes).ok();
+                    unfinished = exit::is_unfinished(&bytes);
+                }
             }
         }
+        unfinished
     });
     (Some(sink), Some(printer))
 }
@@ -244,15 +261,10 @@ async fn cancel_on_signal(stop: StopHandle) {
     std::future::pending::<()>().await;
 }
 
-fn show(args: &RunArgs, response: &ServeResponse) -> ExitCode {
-    let report = response.report.clone().unwrap_or_default();
+fn show(args: &RunArgs, response: &ServeResponse, unfinished: bool) -> ExitCode {
     if args.json {
-        let status = response.status.clone().unwrap_or_default();
-        writeln!(io::stdout(), "{:#}", json::report(&report, &status)).ok();
+        writeln!(io::stdout(), "{:#}", json::report(response)).ok();
     }
-    let code = exit::code(&report);
-    if code != 0 {
-        eprintln!("{}", exit::line(&report, &response.status.clone().unwrap_or_default()));
-    }
-    ExitCode::from(code)
+    let report = response.report.clone().unwrap_or_default();
+    exit::finish(&report, &response.status.clone().unwrap_or_default(), unfinished)
 }

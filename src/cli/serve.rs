@@ -10,9 +10,18 @@ use crate::{
     monitor, observe,
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  dispatcher serve
+  dispatcher serve --policies ./policies --listen 127.0.0.1:0 --listen unix:./socket
+
+SIGTERM or SIGINT: finish what runs, take nothing new, exit; a second one: exit at once.
+SIGHUP: load the policies again, all or none.";
+
 /// Arguments of `dispatcher serve`. A flag beats the `DISPATCHER_*` variable of
 /// the same name, which beats the file, which beats the default.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct ServeArgs {
     /// The server's own file [default: /etc/dispatcher/dispatcher.toml, if it is there]
     #[arg(long, value_name = "FILE")]

@@ -16,7 +16,6 @@ use crate::{
         message::{FromMonitor, LauncherConfig},
         plan::TemplateSet,
     },
-    names::RunId,
     sys,
 };
 
@@ -111,12 +110,9 @@ pub(super) fn start(executable: &Executable) -> io::Result<(Process, OwnedFd)> {
     Ok((process, ours))
 }
 
-/// A name for this dispatcher's cgroups that no other has.
-///
-/// # Errors
-/// Those of getrandom(2).
-pub fn instance() -> io::Result<String> {
-    let mut id = RunId::random()?.to_string();
-    id.truncate(12);
-    Ok(id)
+/// A name for this dispatcher's cgroups that no other on this host has, and by
+/// which people find whose they are: the id of this process.
+#[must_use]
+pub fn instance() -> String {
+    std::process::id().to_string()
 }

@@ -131,7 +131,6 @@ struct Monitor<'a> {
     policies: Compiled,
     compilation: Option<Compilation>,
     watch: Option<Watch>,
-    instance: String,
     /// The server's own user and group, where it has one.
     server_id: Option<u32>,
     server: Option<Peer>,
@@ -171,7 +170,6 @@ impl<'a> Monitor<'a> {
             policies,
             compilation: None,
             watch,
-            instance: instance().map_err(system("getrandom"))?,
             server_id,
             server: None,
             launcher: None,
@@ -277,7 +275,7 @@ impl<'a> Monitor<'a> {
         match role {
             Role::Launcher => {
                 let config = to_launcher::LauncherConfig {
-                    instance: self.instance.clone(),
+                    instance: instance(),
                     cgroup_parent: self.config.cgroup_parent.clone(),
                     uid_range: self.config.uid_range,
                 };

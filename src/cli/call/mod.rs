@@ -37,8 +37,21 @@ const PROGRESS_FROM: usize = 8 << 20;
 /// What a call may take on top of its timeout: queueing, upload, report.
 const DEADLINE_SLACK: Duration = Duration::from_secs(60);
 
+const EXAMPLES: &str = "\
+Examples:
+  dispatcher call --namespace demo --binary ./hello greeter/Hello world
+  dispatcher call --address unix:/run/dispatcher.sock --namespace demo \\
+      --uri sha256:HEX --input request.bin greeter/Hello
+  dispatcher call --namespace demo --binary ./hello --input-type google.protobuf.StringValue \\
+      --input-json '\"hi\"' --json greeter/Hello
+  dispatcher call --namespace demo --binary ./hello --print-request greeter/Hello |
+      grpcurl -plaintext -d @ 127.0.0.1:50051 collector.CollectiveDispatcher/Serve
+
+What stands after SERVICE/METHOD goes to the program, flags included.";
+
 /// Arguments of `dispatcher call`.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct CallArgs {
     /// HOST:PORT or unix:PATH
     #[arg(
@@ -63,8 +76,8 @@ pub struct CallArgs {
     /// The type URL of the input
     #[arg(long, value_name = "URL", default_value = "")]
     input_type: String,
-    /// The input as JSON, of a well-known type named by --input-type
-    #[arg(long, value_name = "JSON", requires = "input_type")]
+    /// The input as JSON, of a well-known type named by --input-type or by "@type"
+    #[arg(long, value_name = "JSON")]
     input_json: Option<String>,
     #[command(flatten)]
     limits: LimitArgs,
@@ -101,9 +114,10 @@ pub fn run(args: CallArgs) -> ExitCode {
         Ok(None) => ExitCode::SUCCESS,
         Err(CallError::Usage(what)) => exit::fail(USAGE, what),
         Err(CallError::Unreachable(what)) => exit::fail(UNREACHABLE, what),
+        // Not an answer about the execution, but none at all: draining, for one.
         Err(CallError::Refused(status)) => exit::fail(
             exit::REFUSED,
-            format_args!("REFUSED {:?}: {}", status.code(), status.message()),
+            format_args!("FAILED {}: {}", reason(status.code()), status.message()),
         ),
     }
 }
@@ -153,11 +167,25 @@ async fn send(
     }
     match client.serve(request).await {
         Ok(response) => Ok(response.into_inner()),
-        Err(status) if status.code() == Code::Unavailable => {
+        // From this side, not the server's: the connection broke.
+        Err(status) if std::error::Error::source(&status).is_some() => {
             Err(CallError::Unreachable(format!("{}: {}", args.address, status.message())))
         }
         Err(status) => Err(CallError::Refused(status)),
     }
+}
+
+/// gRPC's own name of a code, as `details.reason` would say it.
+fn reason(code: Code) -> String {
+    let name = format!("{code:?}");
+    let mut words = String::new();
+    for (at, character) in name.char_indices() {
+        if at > 0 && character.is_uppercase() {
+            words.push('_');
+        }
+        words.push(character.to_ascii_lowercase());
+    }
+    words
 }
 
 fn request(args: &CallArgs) -> Result<ServeRequest, CallError> {
@@ -179,16 +207,22 @@ fn request(args: &CallArgs) -> Result<ServeRequest, CallError> {
 }
 
 fn input(args: &CallArgs) -> Result<Option<Any>, CallError> {
-    let value = match (&args.input, &args.input_json) {
-        (Some(path), _) => Some(read_input(path).map_err(CallError::Usage)?),
-        (None, Some(text)) => Some(
-            json::encode(&args.input_type, text)
-                .map_err(|error| CallError::Usage(error.to_string()))?,
-        ),
-        (None, None) if args.input_type.is_empty() => None,
-        (None, None) => Some(Vec::new()),
+    if let Some(text) = &args.input_json {
+        let named = Some(args.input_type.clone()).filter(|named| !named.is_empty());
+        let type_url = named.or_else(|| json::own_type(text)).ok_or_else(|| {
+            CallError::Usage("--input-json needs --input-type, or an \"@type\" of its own".into())
+        })?;
+        let type_url = json::type_url(&type_url);
+        let value =
+            json::encode(&type_url, text).map_err(|error| CallError::Usage(error.to_string()))?;
+        return Ok(Some(Any { type_url, value }));
+    }
+    let value = match &args.input {
+        Some(path) => read_input(path).map_err(CallError::Usage)?,
+        None if args.input_type.is_empty() => return Ok(None),
+        None => Vec::new(),
     };
-    Ok(value.map(|value| Any { type_url: args.input_type.clone(), value }))
+    Ok(Some(Any { type_url: args.input_type.clone(), value }))
 }
 
 /// Reads `--input`: a file, or standard input for `-`.
@@ -231,11 +265,7 @@ fn show(args: &CallArgs, response: &ServeResponse) -> ExitCode {
         io::stderr().write_all(&report.stderr).ok();
     }
     io::stdout().flush().ok();
-    let code = exit::code(&report);
-    if code != 0 {
-        eprintln!("{}", exit::line(&report, &status));
-    }
-    ExitCode::from(code)
+    exit::finish(&report, &status, !args.json && exit::is_unfinished(&report.stderr))
 }
 
 /// What the program wrote, taken out of the wrapping that the output format gave it.
@@ -313,5 +343,41 @@ mod tests {
         assert_eq!(output_bytes(Some(&wrapped)), [0xff, 0]);
         assert_eq!(output_bytes(Some(&any("acme.Thing", vec![1]))), [1]);
         assert_eq!(output_bytes(None), b"");
+    }
+
+    #[test]
+    fn json_input_needs_a_type_that_is_known() {
+        let with = |words: &[&str]| input(&parsed(&[words, &["a/b"]].concat()));
+        let json = ["--input-json", "\"hi\""];
+        assert!(matches!(with(&json), Err(CallError::Usage(_))));
+        let unknown = [&json[..], &["--input-type", "acme.Thing"]].concat();
+        assert!(matches!(with(&unknown), Err(CallError::Usage(_))));
+        let known = [&json[..], &["--input-type", "google.protobuf.StringValue"]].concat();
+        let any = with(&known).ok().flatten().unwrap();
+        assert_eq!(any.type_url, "type.googleapis.com/google.protobuf.StringValue");
+        assert_eq!(any.value, b"\x0a\x02hi");
+        assert!(with(&[]).ok().unwrap().is_none());
+    }
+
+    #[test]
+    fn codes_have_their_names() {
+        assert_eq!(reason(Code::Unavailable), "unavailable");
+        assert_eq!(reason(Code::ResourceExhausted), "resource_exhausted");
+    }
+
+    #[test]
+    fn bytes_are_sent_only_when_they_are_missed() {
+        let answer = |code: StatusCode, reason: &str| ServeResponse {
+            status: Some(wire::Status {
+                code: code.into(),
+                details: [("reason".to_owned(), reason.to_owned())].into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert!(wants_bytes(&answer(StatusCode::NotFound, "artifact_missing")));
+        assert!(!wants_bytes(&answer(StatusCode::NotFound, "service_not_found")));
+        assert!(!wants_bytes(&answer(StatusCode::Unknown, "artifact_missing")));
+        assert!(!wants_bytes(&ServeResponse::default()));
     }
 }
