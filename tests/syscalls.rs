@@ -29,6 +29,7 @@ fn dispatcher() -> &'static Dispatcher {
             ("jail", plain("")),
             ("loopback", plain("[network]\nmode = \"loopback\"\n")),
             ("strict", plain("[seccomp]\ndeny = [\"getrandom\"]\n")),
+            ("loose", plain("[seccomp]\nallow = [\"unshare\"]\n")),
             ("profile", plain("[seccomp]\nprofile = \"little\"\n")),
         ])
         .file("seccomp/little.json", PROFILE)
@@ -255,5 +256,7 @@ fn policies_may_deny_more_but_not_allow_the_deadly() {
     let reply = dispatcher().run("profile", "syscall", &strs(&words)).ok();
     assert_eq!(reply.facts().one("call"), "EPERM");
     let words = native(libc::SYS_unshare, &["0x10000000"]);
-    dispatcher().run("profile", "syscall", &strs(&words)).denied("unshare");
+    for namespace in ["profile", "loose"] {
+        dispatcher().run(namespace, "syscall", &strs(&words)).denied("unshare");
+    }
 }

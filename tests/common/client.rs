@@ -153,8 +153,8 @@ impl Call {
     /// The gRPC error, if that is the answer; also one of our own after two minutes.
     pub async fn send(self, channel: Channel) -> Result<Reply, tonic::Status> {
         let mut client = CollectiveDispatcherClient::new(channel)
-            .max_decoding_message_size(256 << 20)
-            .max_encoding_message_size(256 << 20);
+            .max_decoding_message_size(1 << 30)
+            .max_encoding_message_size(1 << 30);
         let mut request = tonic::Request::new(self.request);
         if let Some(deadline) = self.deadline {
             // The client gives up at that moment too: a reply must come before it.

@@ -131,9 +131,6 @@ static void perform(const char *verb)
 	else if (is(verb, "write")) {
 		text = next();
 		write_file(text, next());
-	} else if (is(verb, "chmod")) {
-		text = next();
-		fact(text, "%s", outcome(chmod(text, (mode_t)strtoul(next(), NULL, 8))));
 	} else if (is(verb, "close"))
 		close((int)number(next()));
 	else

@@ -289,6 +289,43 @@ static void setuid_file(const char *directory)
 	judge(status.st_uid == 0 && (status.st_mode & S_ISUID) ? 0 : -1);
 }
 
+/* A set-user-id file of whoever owns what this directory makes, in every way that
+ * sets a mode; for a directory of the host's, that may be root. */
+static void setuid_bit(const char *directory)
+{
+	char path[PATH_MAX];
+	struct stat status;
+	const char *why = "no-bit";
+	for (int way = 0; way < 7; way++) {
+		snprintf(path, sizeof path, "%s/.bit-%d-%d", directory, getpid(), way);
+		mode_t mode = way == 0 ? 04755 : 0755;
+		umask(0);
+		int fd = way == 1 ? (mknod(path, S_IFREG | 04755, 0), open(path, O_RDWR | O_CLOEXEC))
+				  : open(path, O_CREAT | O_RDWR | O_CLOEXEC, mode);
+		if (fd < 0) {
+			why = error_name();
+			continue;
+		}
+		long result = 0;
+		switch (way) {
+		case 2: result = fchmod(fd, 04755); break;
+		case 3: result = chmod(path, 04755); break;
+		case 4: result = fchmodat(AT_FDCWD, path, 04755, 0); break;
+		case 5: result = syscall(452 /* fchmodat2 */, AT_FDCWD, path, 04755, 0); break;
+		case 6: result = fchmod(fd, 02755); break;
+		}
+		if (result < 0)
+			why = error_name();
+		if (fstat(fd, &status) == 0 && (status.st_mode & (S_ISUID | S_ISGID))) {
+			unlink(path);
+			works();
+		}
+		unlink(path);
+		close(fd);
+	}
+	refused(why);
+}
+
 /* Everything below the root that other runs or the host could have left readable. */
 static void read_file(const char *path)
 {
@@ -392,6 +429,8 @@ int main(int argc, char **argv)
 		follow_link(text, more);
 	if (IS("setuid-file"))
 		setuid_file(text);
+	if (IS("setuid-bit"))
+		setuid_bit(text);
 	if (IS("read-file"))
 		read_file(text);
 	if (IS("write-to"))
