@@ -4,8 +4,8 @@
 //! appears the namespaces take turns, so that one with a long queue does not
 //! keep the others out. A run whose memory does not fit yet may be overtaken by
 //! smaller ones, but only so often ([`OVERTAKEN_MAX`]): then room is kept for it.
-//! A run with unlimited memory counts as the whole budget, as does one whose
-//! limit is larger.
+//! A run with unlimited memory counts as the whole budget; one whose limit is
+//! larger than the budget is refused, as no waiting would help.
 
 mod bucket;
 pub mod budget;

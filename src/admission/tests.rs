@@ -199,7 +199,9 @@ async fn memory_adds_up_to_the_budget_and_no_more() {
     assert!(!small.is_finished());
     drop(unlimited);
     granted(small).await;
-    assert!(caller(Limit::At(1000)).ask("a").await.is_ok(), "more than there is counts as all");
+    let never = caller(Limit::At(101)).ask("a").await.unwrap_err();
+    assert_eq!(never, AdmissionError::NeverFits { asked: 101, budget: 100 });
+    assert_eq!(admission.load(), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]

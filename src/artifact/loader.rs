@@ -171,7 +171,7 @@ mod tests {
         }
         assert!(matches!(
             check(&script("/bin/no-such-shell"), Mode::Jail, &host, &listed),
-            Err(ArtifactError::LoaderMissing(_))
+            Err(ArtifactError::ScriptUnrunnable(_))
         ));
     }
 }

@@ -471,6 +471,23 @@ fn rows_of_calls_that_never_ran() {
             retry,
         ),
         (
+            AdmissionError::NeverFits { asked: 2 << 30, budget: 1 << 30 }.into(),
+            FailedPrecondition,
+            "control_unavailable",
+            &[
+                ("control", "cgroup.memory"),
+                ("limit", "memory"),
+                ("requested", "2GiB"),
+                ("allowed", "1GiB"),
+            ],
+        ),
+        (
+            ArtifactError::ScriptUnrunnable("x".into()).into(),
+            InvalidArgument,
+            "script_not_allowed",
+            &[],
+        ),
+        (
             AdmissionError::RateExceeded { per_second: "1".into(), retry_after: after }.into(),
             ResourceExhausted,
             "rate_exceeded",
