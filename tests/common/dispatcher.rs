@@ -194,17 +194,19 @@ impl Prepared {
         command.current_dir(base).stdout(Stdio::piped()).stderr(log);
 
         let mut child = spawn(command);
-        let cgroups = BTreeSet::from([format!("dispatcher.{}", child.id())]);
         let count = 1 + usize::from(settings.unix_socket);
         let addresses = listening_lines(&mut child, count, base);
-        Dispatcher {
+        let dispatcher = Dispatcher {
             monitor: Process::read(child.id() as i32).expect("the monitor runs"),
             state: Mutex::new(State { child, ended: None, seen: HashSet::new(), cgroups }),
             addresses,
             directory: base.to_owned(),
             channel: OnceLock::new(),
             prepared: Mutex::new(Some(self.clone())),
-        }
+        };
+        // What it has is told apart from others' by looking now.
+        dispatcher.descendants();
+        dispatcher
     }
 }
 

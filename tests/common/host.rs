@@ -138,13 +138,18 @@ pub fn cgroup_directories() -> BTreeSet<PathBuf> {
     found
 }
 
-/// The names `dispatcher.*` on the way to the cgroups that these processes are in.
+/// The names `dispatcher.*` of the cgroups that these processes are in, or hold open:
+/// the launcher keeps a lock on its own.
 pub fn cgroup_names(processes: &[Process]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for process in processes {
-        let text = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-        let parts = text.lines().flat_map(|line| line.split(['/', ':']));
-        names.extend(parts.filter(|part| part.starts_with("dispatcher.")).map(str::to_owned));
+        let within = fs::read_to_string(format!("/proc/{}/cgroup", process.pid));
+        let held = process.descriptor_targets().into_iter();
+        let held = held.filter(|target| target.starts_with("/sys/fs/cgroup/"));
+        for line in within.unwrap_or_default().lines().map(str::to_owned).chain(held) {
+            let parts = line.split(['/', ':']);
+            names.extend(parts.filter(|part| part.starts_with("dispatcher.")).map(str::to_owned));
+        }
     }
     names
 }
