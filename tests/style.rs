@@ -171,10 +171,10 @@ fn some_rooms_do_without() {
 
 /// Unsafe code is where it can be looked after.
 #[test]
-fn unsafe_code_stays_in_three_rooms() {
+fn unsafe_code_stays_where_it_is_looked_after() {
     let mut faults = vec![];
     for path in files("src", "rs") {
-        let allowed = ["sys", "jail", "packets"].contains(&module_of(&path).as_str());
+        let allowed = ["sys", "jail", "packets", "host"].contains(&module_of(&path).as_str());
         let text = fs::read_to_string(&path).unwrap();
         for (number, line) in text.lines().enumerate() {
             let line = code(line);

@@ -127,10 +127,14 @@ fn check_call(launch: &Launch, template: &Template, call: &[u8]) -> Result<(), S
         return Err("the call has another number of strings than was said".into());
     }
     let (argv, environment) = strings.split_at(argc);
-    if let Some(interpreter) = &launch.interpreter
-        && argv.get(..2) != Some(&[interpreter.as_bytes(), SCRIPT_PATH.as_bytes()])
-    {
-        return Err("a script's argv must begin with its interpreter and path".into());
+    if let Some(interpreter) = &launch.interpreter {
+        // Between the two there may be the one argument of the `#!` line.
+        let path = SCRIPT_PATH.as_bytes();
+        let begins = argv.first() == Some(&interpreter.as_bytes())
+            && argv.get(1..argv.len().min(3)).is_some_and(|next| next.contains(&path));
+        if !begins {
+            return Err("a script's argv must begin with its interpreter and path".into());
+        }
     }
     let mut seen = BTreeSet::new();
     for entry in environment {

@@ -25,16 +25,20 @@ use crate::sys::{self, Mapping};
 const START_FDS: usize = 5;
 
 /// Never returns: execs, or reports what failed and exits.
-pub(super) fn main(context: Context<'_>, ruleset: Option<RawFd>, host_proc: BorrowedFd<'_>) -> ! {
+pub(super) fn main(
+    mut context: Context<'_>,
+    ruleset: Option<RawFd>,
+    host_proc: BorrowedFd<'_>,
+) -> ! {
     let ready = context.at(Step::Attributes, prefer_for_oom(host_proc));
-    match ready.and_then(|()| become_program(context, ruleset)) {
+    match ready.and_then(|()| become_program(&mut context, ruleset)) {
         Ok(never) => match never {},
         Err(error) => context.fail(error),
     }
 }
 
 fn become_program(
-    context: Context<'_>,
+    context: &mut Context<'_>,
     ruleset: Option<RawFd>,
 ) -> Result<std::convert::Infallible, StepError> {
     let blueprint = context.blueprint;
@@ -64,7 +68,7 @@ fn become_program(
 
     // 4. Ready. What follows belongs to one call.
     context.at(Step::Handshake, context.report(Report::Ready))?;
-    let (start, fds) = receive_start(context)?;
+    let (start, fds) = receive_start(*context)?;
 
     // 5. argv and environment, mapped before their descriptor is closed.
     let call = context.at(Step::Arguments, Mapping::read_only(fds[4], start.call_len as usize))?;
@@ -72,10 +76,10 @@ fn become_program(
 
     // 6. Descriptors: 0, 1, 2; the executable and the control socket go to
     //    numbers that the program's own can never reach; all are close-on-exec but 0, 1, 2.
-    context.at(Step::Descriptors, place_descriptors(context, &fds, ruleset))?;
+    context.at(Step::Descriptors, place_descriptors(*context, &fds, ruleset))?;
+    // From here on also a failure is told over the parked copy.
     // SAFETY: it was just put there.
-    let control = unsafe { BorrowedFd::borrow_raw(blueprint.control_fd) };
-    let context = Context { control, ..context };
+    context.control = unsafe { BorrowedFd::borrow_raw(blueprint.control_fd) };
 
     // 7. Resource limits: after 6, which needs numbers beyond them.
     for (index, (resource, value)) in blueprint.rlimits.iter().enumerate() {
@@ -84,16 +88,8 @@ fn become_program(
             .map_err(|error| StepError { index: index as u16, ..error })?;
     }
     if let Exec::Copy(size) = blueprint.exec {
-        return direct(context, size, &vectors);
+        return direct(*context, size, &vectors);
     }
-    let executable = match &blueprint.exec {
-        Exec::Interpreter(path) => {
-            let interpreter = context.at(Step::Exec, open_interpreter(path))?;
-            context.at(Step::Exec, sys::dup_to(interpreter, blueprint.exec_fd))?;
-            blueprint.exec_fd
-        }
-        Exec::Memfd | Exec::Copy(_) => blueprint.exec_fd,
-    };
 
     // 8. Landlock, then the filter: the filter would not let Landlock in.
     if ruleset.is_some() {
@@ -103,12 +99,12 @@ fn become_program(
     if let Some(filter) = &blueprint.filter {
         let listener = context
             .at(Step::Seccomp, seccomp::notify::install(&filter.instructions, filter.notify))?;
-        context.at(Step::Listener, send_listener(context, listener))?;
+        context.at(Step::Listener, send_listener(*context, listener))?;
     }
 
     // 9. The program. Only this descriptor's number passes the filter.
     // SAFETY: `Vectors::over` made both arrays, ended by null.
-    let error = unsafe { sys::execveat(executable, vectors.argv(), vectors.envp()) };
+    let error = unsafe { sys::execveat(blueprint.exec_fd, vectors.argv(), vectors.envp()) };
     context.at(Step::Exec, Err(error))
 }
 
@@ -143,6 +139,10 @@ fn place_descriptors(
 ) -> io::Result<()> {
     let blueprint = context.blueprint;
     let [executable, stdin, stdout, stderr, _call] = *fds;
+    let executable = match &blueprint.exec {
+        Exec::Interpreter(path) => open_interpreter(path)?,
+        Exec::Memfd | Exec::Copy(_) => executable,
+    };
     sys::dup_to(executable, blueprint.exec_fd)?;
     sys::dup_to(std::os::fd::AsRawFd::as_raw_fd(&context.control), blueprint.control_fd)?;
     if let Some(ruleset) = ruleset {

@@ -198,7 +198,12 @@ impl Prepared {
         let addresses = listening_lines(&mut child, count, base);
         let dispatcher = Dispatcher {
             monitor: Process::read(child.id() as i32).expect("the monitor runs"),
-            state: Mutex::new(State { child, ended: None, seen: HashSet::new(), cgroups }),
+            state: Mutex::new(State {
+                child,
+                ended: None,
+                seen: HashSet::new(),
+                cgroups: BTreeSet::new(),
+            }),
             addresses,
             directory: base.to_owned(),
             channel: OnceLock::new(),
