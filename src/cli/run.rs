@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 use prost_types::Any;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
@@ -118,20 +118,25 @@ fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
         eprintln!("warning: {warning}");
     }
     let request = request(args, namespace)?;
-    // Before the runtime: the launcher is forked from a process with one thread.
     let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
-    let mut launcher = monitor::spawn_launcher(launcher_config(&settings), &loaded.templates)
-        .map_err(|error| failed("the launcher can't be started", error))?;
+    // On this thread alone: the launcher can only be forked while there is no other.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| failed("no runtime", error))?;
+    // From here on a signal is no reason to leave the launcher's cgroups behind.
+    let signals = {
+        let _entered = runtime.enter();
+        Signals::listen().map_err(|error| failed("signals", error))?
+    };
+    let mut launcher = monitor::spawn_launcher(launcher_config(&settings), &loaded.templates)
+        .map_err(|error| failed("the launcher can't be started", error))?;
     let response = runtime.block_on(async {
         let client = Launcher::new();
         let socket = launcher.take_server_socket();
         let attached = socket.map_or(Ok(()), |socket| client.attach(socket));
         attached.map_err(|error| failed("the launcher's socket", error))?;
-        execute(args, loaded, request, client).await
+        execute(args, loaded, request, client, signals).await
     });
     // Its runs and their cgroups go with it.
     if let Err(error) = launcher.end() {
@@ -196,6 +201,7 @@ async fn execute(
     loaded: Loaded,
     request: ServeRequest,
     launcher: Launcher,
+    signals: Signals,
 ) -> Result<(ServeResponse, bool), RunError> {
     // One call: nothing to share, so nothing to ration.
     let admission = Admission::new(Capacity { runs: None, memory: u64::MAX });
@@ -210,7 +216,7 @@ async fn execute(
         sink,
         reservation: None,
     };
-    let cancel = tokio::spawn(cancel_on_signal(stop));
+    let cancel = tokio::spawn(cancel_on_signal(signals, stop));
     let reply = dispatcher.dispatch(convert::call(request), context).await;
     cancel.abort();
     let unfinished = match printer {
@@ -247,17 +253,28 @@ fn live_output() -> (Option<OutputSink>, Option<Printer>) {
     (Some(sink), Some(printer))
 }
 
-async fn cancel_on_signal(stop: StopHandle) {
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return std::future::pending().await;
-    };
+/// What ends a run before its time.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+}
+
+async fn cancel_on_signal(mut signals: Signals, stop: StopHandle) {
     tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+        _ = signals.interrupt.recv() => {}
+        _ = signals.terminate.recv() => {}
     }
     stop.stop();
+    // Dropping the handle would say the same again.
     std::future::pending::<()>().await;
 }
 
