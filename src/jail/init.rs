@@ -65,8 +65,14 @@ impl Context<'_> {
 
     /// Reports the failure and ends this process, and with init the run.
     pub(super) fn fail(&self, error: StepError) -> ! {
-        // The launcher sees the end even where it can't be told why.
-        drop(self.report(Report::Failed(error)));
+        if self.report(Report::Failed(error)).is_err() {
+            // Half way through placing its descriptors, the program's process
+            // has the socket at the parked number only.
+            // SAFETY: nothing else ever has that number; if it is closed, sending fails.
+            let control = unsafe { BorrowedFd::borrow_raw(self.blueprint.control_fd) };
+            // The launcher sees the end even where it can't be told why.
+            drop(Context { control, ..*self }.report(Report::Failed(error)));
+        }
         sys::exit_now(1)
     }
 }

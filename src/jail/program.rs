@@ -103,6 +103,7 @@ fn become_program(
     }
 
     // 9. The program. Only this descriptor's number passes the filter.
+    context.at(Step::Exec, io::Result::Ok(()))?; // for an injected fault: exec doesn't come back
     // SAFETY: `Vectors::over` made both arrays, ended by null.
     let error = unsafe { sys::execveat(blueprint.exec_fd, vectors.argv(), vectors.envp()) };
     context.at(Step::Exec, Err(error))

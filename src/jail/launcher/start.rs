@@ -83,6 +83,7 @@ impl Launcher {
             cpus: checked.cpus,
             pids: template.limits.pids,
         };
+        self.inject(Step::Idmap)?;
         let decided = prepared.decide(&launch, &fds, ids, &self.facts, self.fault)?;
         self.inject(Step::Cgroup)?;
         let cgroup = self

@@ -19,7 +19,11 @@ impl Launcher {
         let watched = self
             .watch(&run.control, Source::Control(serial), EventFlags::IN)
             .and_then(|()| self.watch(&run.pidfd, Source::Init(serial), EventFlags::IN))
-            .and_then(|()| run.joined());
+            .and_then(|()| match run.joined() {
+                // It ended before it could be told; what it said last tells why.
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+                told => told,
+            });
         self.serials.insert(run.id, serial);
         self.runs.insert(serial, run);
         if let Err(error) = watched {
@@ -84,8 +88,13 @@ impl Launcher {
     pub(super) fn on_report(&mut self, serial: u64, report: Report, fd: Option<OwnedFd>) {
         let now = Instant::now();
         let Some(run) = self.runs.get_mut(&serial) else { return };
-        if self.fault.hits(Step::Start) && report == Report::Ready {
-            let error = StepError { step: Step::Start, index: 0, errno: libc::EIO };
+        let step = match report {
+            Report::NeedsMaps => Some(Step::Maps),
+            Report::Ready => Some(Step::Start),
+            _ => None,
+        };
+        if let Some(step) = step.filter(|step| self.fault.hits(*step)) {
+            let error = StepError { step, index: 0, errno: libc::EIO };
             run.on_report(Report::Failed(error), None, now);
             return self.reschedule(serial);
         }
