@@ -1,6 +1,9 @@
 //! What the unit tests of several modules need: a call and a policy to change.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use crate::{
     call::{AskedLimits, Call, Source},
@@ -14,6 +17,13 @@ use crate::{
     units::Limit,
 };
 use std::time::Duration;
+
+/// Held by tests that make cgroups: all of them move the one process that they
+/// are, and one's forked child would hold the locks of another for a moment.
+pub(crate) fn cgroup_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A call of `demo`'s `greeter/SayHello` that asks for nothing in particular.
 pub(crate) fn call() -> Call {

@@ -1,16 +1,19 @@
 //! Examining the host that the tests run on, whichever it is.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::MutexGuard};
 
 use super::*;
 use crate::{
     jail::plan::{Bind, Filesystem, Limits, Mode, Network, Root},
+    testing::cgroup_turn,
     units::Limit,
 };
 
-fn examine() -> Host {
+/// Keep the second for as long as the first.
+fn examine() -> (Host, MutexGuard<'static, ()>) {
+    let turn = cgroup_turn();
     let settings = Settings { cgroup_parent: String::new(), uid_range: (2_000_000, 2_065_535) };
-    Host::examine(&settings).unwrap()
+    (Host::examine(&settings).unwrap(), turn)
 }
 
 fn filesystem(binds: Vec<Bind>) -> Filesystem {
@@ -30,7 +33,7 @@ fn demand<'a>(limits: &'a Limits, filesystem: &'a Filesystem) -> Demand<'a> {
 
 #[test]
 fn every_control_is_told_once_in_the_order_of_reports() {
-    let host = examine();
+    let (host, _turn) = examine();
     let controls: Vec<_> = host
         .findings()
         .iter()
@@ -48,7 +51,7 @@ fn every_control_is_told_once_in_the_order_of_reports() {
 
 #[test]
 fn what_is_tried_agrees_with_what_the_kernel_says() {
-    let host = examine();
+    let (host, _turn) = examine();
     let ok = |subject| host.finding(subject).unwrap().ok;
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     assert_eq!(
@@ -67,7 +70,7 @@ fn what_is_tried_agrees_with_what_the_kernel_says() {
 
 #[test]
 fn a_policy_lacks_what_the_host_lacks() {
-    let host = examine();
+    let (host, _turn) = examine();
     let (limits, filesystem) = (Limits::default(), filesystem(Vec::new()));
     let demand = demand(&limits, &filesystem);
     let mut lacking: Vec<_> =
@@ -100,7 +103,7 @@ fn a_policy_lacks_what_the_host_lacks() {
 
 #[test]
 fn what_a_policy_alone_asks_for_is_tried_too() {
-    let host = examine();
+    let (host, _turn) = examine();
     let limits = Limits { open_files: Limit::At(u64::MAX), ..Limits::default() };
     let missing = Bind {
         source: PathBuf::from("/nonexistent/source"),

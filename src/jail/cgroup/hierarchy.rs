@@ -200,16 +200,13 @@ impl Hierarchy {
         for (path, error) in instance::sweep(&top) {
             self.leftovers.push(format!("{}: {error}", path.display()));
         }
-        let tree = Tree { kind, controllers, instance, place, top, _detached: detached };
+        let mut tree = Tree { kind, controllers, instance, place, top, _detached: detached };
         if kind.is_unified() {
             for controller in tree.controllers.clone() {
-                let on = format!("+{}", controller.name());
                 let directory = &tree.instance.directory;
-                if let Err(error) = super::files::write(directory, "cgroup.subtree_control", &on) {
-                    self.lack(
-                        controls_of(controller),
-                        &mend::failed("enabling controllers", &error),
-                    );
+                if let Err(refused) = tree.place.pass_on(directory, controller, opening.own_pids) {
+                    let reason = mend::failed("enabling controllers", &refused);
+                    self.lack(controls_of(controller), &reason);
                 }
             }
         }
@@ -312,7 +309,8 @@ struct Opening<'a> {
 
 const fn controls_of(controller: Controller) -> &'static [Control] {
     match controller {
-        Controller::Memory => &[Control::CgroupMemory, Control::CgroupSwap],
+        // Not swap: where the host has none, a limit of 0 is kept without it.
+        Controller::Memory => &[Control::CgroupMemory],
         Controller::Pids => &[Control::CgroupPids],
         Controller::Cpu => &[Control::CgroupCpu],
         Controller::Cpuacct => &[Control::CpuTime],

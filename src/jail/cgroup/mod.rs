@@ -8,7 +8,8 @@
 //!
 //! The parent is the configured one; else our own cgroup, if it can be written
 //! to and holds no strangers; else, for root, the top. `layout` finds the
-//! hierarchies, `place` the parent, `instance` holds the lock and clears away what dead
+//! hierarchies, `place` the parent, `supervisor` moves our own processes where that
+//! must be, `instance` holds the lock and clears away what dead
 //! dispatchers left, `values` writes limits, `v1` and `v2` read figures.
 //!
 //! Blocking file access throughout: this is for the launcher, which has one thread.
@@ -20,6 +21,7 @@ mod layout;
 mod mend;
 mod place;
 mod run;
+mod supervisor;
 mod trial;
 mod usage;
 mod v1;

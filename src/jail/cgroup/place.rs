@@ -11,15 +11,11 @@ use rustix::{fs::Access, process::Pid};
 use super::{
     Reason, files,
     layout::{Controller, Mount},
-    mend, v2,
+    mend, supervisor, v2,
 };
 
-/// The leaf that our own processes move to where v2 wants a cgroup with
-/// children to hold no processes. Its name tells it from a leaf of systemd's.
-pub(super) const SUPERVISOR: &str = "dispatcher-supervisor";
-
-/// Times that our processes are moved, should they fork meanwhile.
-const MOVES_MAX: usize = 8;
+/// Times that a controller is enabled, should another dispatcher disable it meanwhile.
+const ATTEMPTS_MAX: usize = 8;
 
 /// The directory to make ours in.
 #[derive(Debug)]
@@ -116,7 +112,7 @@ fn candidates(mount: &Mount, configured: Option<&Path>, own: Option<PathBuf>) ->
 /// earlier launcher of ours made, or one of systemd's `DelegateSubgroup=`.
 fn delegated_base(own: &Path) -> PathBuf {
     let Some(above) = own.parent() else { return own.to_owned() };
-    let ours = own.file_name().is_some_and(|name| name == SUPERVISOR);
+    let ours = own.file_name().is_some_and(|name| name == supervisor::LEAF);
     let marked = ["trusted.delegate", "user.delegate"];
     let systemds = marked.iter().any(|mark| files::has_xattr(above, mark))
         && !marked.iter().any(|mark| files::has_xattr(own, mark))
@@ -197,7 +193,7 @@ impl Place {
     /// Where we sit in a leaf that an earlier launcher of this dispatcher made,
     /// it is ours to clear away, with the controllers that it was made for.
     fn adopt_leaf(&mut self, own: Option<&Path>, wanted: &[Controller]) {
-        let leaf = own.filter(|own| own.file_name().is_some_and(|name| name == SUPERVISOR));
+        let leaf = own.filter(|own| own.file_name().is_some_and(|name| name == supervisor::LEAF));
         let Some((leaf, above)) = leaf.and_then(|leaf| Some((leaf, leaf.parent()?))) else {
             return;
         };
@@ -237,37 +233,37 @@ impl Place {
             let above = directory.parent().filter(|_| directory != self.top);
             self.enable(above.ok_or(Refused::Absent)?, controller, own_pids)?;
         }
-        if !v2::is_true_root(directory) {
-            self.make_room(directory, own_pids)?;
+        let on = format!("+{name}");
+        let write = || files::write(directory, "cgroup.subtree_control", &on);
+        if v2::is_true_root(directory) {
+            write().map_err(|error| Refused::Denied { directory: directory.to_owned(), error })?;
+        } else if let Some(leaf) = supervisor::make_room(directory, own_pids, write)? {
+            self.supervisor = Some(leaf);
         }
-        files::write(directory, "cgroup.subtree_control", &format!("+{name}"))
-            .map_err(|error| Refused::Denied { directory: directory.to_owned(), error })?;
         self.enabled.push((directory.to_owned(), controller));
         Ok(())
     }
 
-    /// Moves our own processes out of `directory` into the leaf; never others'.
-    fn make_room(&mut self, directory: &Path, own_pids: &[Pid]) -> Result<(), Refused> {
-        let denied = |error| Refused::Denied { directory: directory.to_owned(), error };
-        for _ in 0..MOVES_MAX {
-            let present = files::processes(directory).map_err(denied)?;
-            if present.is_empty() {
-                return Ok(());
+    /// Enables `controller` for the runs in the instance's directory. From then on
+    /// no other dispatcher's end can take it from above us; until then one may,
+    /// as far as it was the one who enabled it: hence more than one attempt.
+    pub(super) fn pass_on(
+        &mut self,
+        instance: &Path,
+        controller: Controller,
+        own_pids: &[Pid],
+    ) -> Result<(), Refused> {
+        let on = format!("+{}", controller.name());
+        for attempt in 1.. {
+            match files::write(instance, "cgroup.subtree_control", &on) {
+                Ok(()) => break,
+                Err(error) if attempt == ATTEMPTS_MAX => {
+                    return Err(Refused::Denied { directory: instance.to_owned(), error });
+                }
+                Err(_) => self.enable(&self.parent.clone(), controller, own_pids)?,
             }
-            let ours = |pid: &i32| own_pids.iter().any(|own| own.as_raw_nonzero().get() == *pid);
-            let strangers: Vec<_> = present.iter().copied().filter(|pid| !ours(pid)).collect();
-            if !strangers.is_empty() {
-                return Err(Refused::Occupied { directory: directory.to_owned(), strangers });
-            }
-            let leaf = directory.join(SUPERVISOR);
-            if self.supervisor.is_none() {
-                files::make(&leaf).map_err(denied)?;
-                self.supervisor = Some(leaf.clone());
-            }
-            move_all(&present, &leaf).map_err(denied)?;
         }
-        let strangers = files::processes(directory).map_err(denied)?;
-        Err(Refused::Occupied { directory: directory.to_owned(), strangers })
+        Ok(())
     }
 
     fn disable_all(&mut self) {
@@ -282,32 +278,16 @@ impl Place {
         self.controllers.clear();
     }
 
-    /// Leaves everything above the instance directory as it was found.
+    /// Leaves everything above the instance directory as it was found, from the
+    /// inside out: controllers can't be disabled above where they are in use,
+    /// nor processes moved back before.
     pub(super) fn undo(&mut self) {
-        self.disable_all();
-        if let Some(leaf) = self.supervisor.take() {
-            for _ in 0..MOVES_MAX {
-                let present = files::processes(&leaf).unwrap_or_default();
-                let above = leaf.parent().unwrap_or(&self.top);
-                if present.is_empty() || move_all(&present, above).is_err() {
-                    break;
-                }
-            }
-            let _stays_where_it_is_occupied = files::remove(&leaf);
-        }
         for directory in self.made.drain(..).rev() {
             let _stays_where_others_use_it = files::remove(&directory);
         }
-    }
-}
-
-/// Processes that ended meanwhile are fine.
-fn move_all(pids: &[i32], directory: &Path) -> io::Result<()> {
-    for pid in pids {
-        match files::move_process(directory, *pid) {
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-            result => result?,
+        self.disable_all();
+        if let Some(leaf) = self.supervisor.take() {
+            supervisor::dissolve(&leaf, leaf.parent().unwrap_or(&self.top));
         }
     }
-    Ok(())
 }

@@ -2,19 +2,17 @@
 
 use std::{
     os::fd::{AsRawFd as _, OwnedFd},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::MutexGuard,
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
 
 use super::super::{layout::Controller, *};
+use crate::testing::cgroup_turn;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// One test at a time: a process forked by one would hold the others' locks for a moment.
-pub(super) static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 pub(super) struct Host {
     pub(super) hierarchy: Hierarchy,
@@ -31,7 +29,7 @@ impl Host {
         needed: &[Control],
         open: impl FnOnce() -> Result<Hierarchy, CgroupError>,
     ) -> Option<Self> {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = cgroup_turn();
         let hierarchy = open().unwrap();
         let lacking = needed.iter().find_map(|control| hierarchy.available().lacking(*control));
         let Some(lack) = lacking else { return Some(Self { hierarchy, _turn: turn }) };
