@@ -81,6 +81,8 @@ pub struct Run {
     /// The seccomp listener. Held until the run is empty: were it closed, a
     /// pending call would be answered ENOSYS and the program would go on.
     pub listener: Option<Listener>,
+    /// Whether all is in place but exec itself.
+    filtered: bool,
     prepared: Rc<Prepared>,
     launch: Launch,
     call_len: u32,
@@ -167,6 +169,7 @@ impl Run {
             pidfd: parts.pidfd,
             control: parts.control,
             listener: None,
+            filtered: false,
             prepared: parts.prepared,
             launch: parts.launch,
             call_len: parts.call_len,
@@ -222,6 +225,12 @@ impl Run {
             Report::NeedsMaps => self.write_maps(),
             Report::Ready => return self.start(now),
             Report::Filtered => return self.filtered(fd, now),
+            // Only our own code leaves by exit(2) before its filter is in place:
+            // that is no status of the program's, even where the reason was lost.
+            Report::Exited(_) if !self.filtered => {
+                let error = io::Error::from_raw_os_error(libc::EPROTO);
+                self.fail(step_error(Step::Handshake, &error), now);
+            }
             Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
             Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
             Report::Failed(error) => self.fail(error, now),
@@ -230,6 +239,7 @@ impl Run {
     }
 
     fn filtered(&mut self, fd: Option<OwnedFd>, now: Instant) -> Change {
+        self.filtered = true;
         match fd.map(Listener::new).transpose() {
             Ok(listener) => {
                 self.listener = listener;
