@@ -24,7 +24,7 @@ const STEPS: [Step; 34] = [
     May("idmap"),
     Must("clone"),
     May("attach"),
-    Must("maps"),
+    May("maps"),
     Must("start"),
     Must("close_fds"),
     Must("handshake"),
@@ -53,7 +53,7 @@ const STEPS: [Step; 34] = [
     May("landlock"),
     Must("seccomp"),
     May("listener"),
-    Must("exec"),
+    May("exec"),
 ];
 
 fn start(fault: &str) -> Dispatcher {
@@ -90,7 +90,8 @@ fn check(name: &str, must: bool) -> bool {
             first.summary()
         );
         assert!(
-            first.message.contains(name) || first.reason() == "control_unavailable",
+            [name, "handshake"].iter().any(|step| first.message.contains(step))
+                || first.reason() == "control_unavailable",
             "{name}: {}",
             first.summary()
         );
