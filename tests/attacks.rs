@@ -14,7 +14,7 @@ use std::{
 use common::{
     Call, Dispatcher, Facts,
     dispatcher::{binary, plain},
-    host,
+    host, not_here,
     programs::{self, Background},
     rootless, scaled_ms, shared, skip, token, wait_until,
 };
@@ -157,7 +157,7 @@ fn own_bytes_cannot_be_executed() {
             refused(reply.facts().one("memfd-exec"), &refusals);
             refused(&inside(namespace, &["memfd-exec-flag"]), &refusals);
         } else {
-            skip!("memfd_noexec is not in force on this kernel");
+            not_here!("memfd_noexec is not in force on this kernel");
         }
     }
     assert_eq!(inside("exec-tmp", &["file-exec", "/tmp"]), "works");
@@ -197,7 +197,7 @@ fn nothing_of_the_host_can_be_written() {
 #[test]
 fn no_file_becomes_roots() {
     if rootless() {
-        skip!("an ordinary user cannot make files of root outside either");
+        not_here!("an ordinary user cannot make files of root outside either");
     }
     assert_eq!(outside(&["setuid-file", "."]), "works");
     refused(&inside("jail", &["setuid-file", "/tmp"]), &["EPERM", "EINVAL"]);

@@ -37,6 +37,16 @@ macro_rules! skip {
 }
 pub(crate) use skip;
 
+/// Ends a test that has no meaning on this kind of host or for this kind of user;
+/// never a failure: another host of the suite runs it.
+macro_rules! not_here {
+    ($($why:tt)*) => {{
+        eprintln!("not here: {}", format_args!($($why)*));
+        return;
+    }};
+}
+pub(crate) use not_here;
+
 /// For [`skip!`].
 pub fn note_skip(why: &str) {
     assert!(env::var_os("CI").is_none(), "skipped under CI: {why}");
