@@ -114,9 +114,6 @@ fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
     let settings = config::load(None, &overrides, &Surroundings::current())
         .map_err(RunError::Configuration)?;
     let (loaded, namespace) = policies(args, &settings)?;
-    for warning in &loaded.warnings {
-        eprintln!("warning: {warning}");
-    }
     let request = request(args, namespace)?;
     let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
     // On this thread alone: the launcher can only be forked while there is no other.

@@ -51,7 +51,7 @@ impl Prepared {
     /// The text of the filter compiler's error: a profile too large for the kernel.
     pub fn new(template: Template, facts: &Facts) -> Result<Self, String> {
         let open_files = limits::open_files(&template.limits, facts.open_files);
-        let exec_fd = open_files.unwrap_or_else(|most| most) as i32;
+        let exec_fd = limits::parking_place(open_files.unwrap_or_else(|most| most));
         let filter_options = FilterOptions {
             network: template.network,
             refuse_exec_memfd: !template.filesystem.tmp_exec && facts.memfd_noexec.is_none(),

@@ -89,7 +89,14 @@ pub fn main(blueprint: &Blueprint, control: RawFd, keep: &[RawFd]) -> ! {
     if let Err(error) = context.at(Step::CloseFds, close_all_but(keep)) {
         context.fail(error);
     }
-    match build(context) {
+    // A busy launcher's numbers are high; ours must stay below those at which
+    // the program's process parks what the filter lets pass.
+    let low = match context.at(Step::CloseFds, rustix::io::fcntl_dupfd_cloexec(borrowed, 3)) {
+        Ok(low) => low,
+        Err(error) => context.fail(error),
+    };
+    let context = Context { blueprint, control: low.as_fd() };
+    match context.at(Step::CloseFds, sys::close(control)).and_then(|()| build(context)) {
         Ok(program) => supervise(context, program),
         Err(error) => context.fail(error),
     }

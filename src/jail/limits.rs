@@ -24,6 +24,14 @@ pub fn open_files(limits: &Limits, launcher_hard: u64) -> Result<u64, u64> {
     }
 }
 
+/// The first of [`PARKED`] numbers that the program can never own: at or above
+/// its limit, and above all that its process has open before exec.
+#[must_use]
+pub fn parking_place(open_files: u64) -> i32 {
+    const ABOVE_OUR_OWN: u64 = 64;
+    i32::try_from(open_files.max(ABOVE_OUR_OWN)).unwrap_or(i32::MAX - PARKED as i32)
+}
+
 /// The limits in the order they are set, soft and hard alike.
 #[must_use]
 pub fn resource_limits(limits: &Limits, open_files: u64) -> Vec<(Resource, u64)> {

@@ -96,11 +96,12 @@ fn become_program(
         context.at(Step::Landlock, landlock::restrict_self(blueprint.exec_fd + 2))?;
         context.at(Step::Landlock, sys::close(blueprint.exec_fd + 2))?;
     }
-    if let Some(filter) = &blueprint.filter {
-        let listener = context
-            .at(Step::Seccomp, seccomp::notify::install(&filter.instructions, filter.notify))?;
-        context.at(Step::Listener, send_listener(*context, listener))?;
-    }
+    let listener = match &blueprint.filter {
+        Some(filter) => context
+            .at(Step::Seccomp, seccomp::notify::install(&filter.instructions, filter.notify))?,
+        None => None, // direct mode
+    };
+    context.at(Step::Listener, send_listener(*context, listener))?;
 
     // 9. The program. Only this descriptor's number passes the filter.
     context.at(Step::Exec, io::Result::Ok(()))?; // for an injected fault: exec doesn't come back

@@ -339,7 +339,7 @@ impl<'a> Monitor<'a> {
             tracing::info!("listening on {address}");
         }
         if let Some(address) = listeners.health_address() {
-            tracing::info!("health and metrics on {address}");
+            tracing::info!("health on {address}");
         }
         self.notifier.ready();
     }

@@ -68,7 +68,7 @@ tables! {
         /// Processes and threads at once.
         pids: Limited<Count<u64, 1, 4_194_303>>,
         /// File descriptors of one process.
-        open_files: Limited<Count<u64, 3, 1_048_576>>,
+        open_files: Limited<Count<u64, 4, 1_048_576>>,
         /// Size of one file that the program writes.
         file_size: Size,
         /// Standard output; more ends the run.
