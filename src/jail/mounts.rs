@@ -186,6 +186,9 @@ fn borrow_device(name: &CStr, major: u32, minor: u32) -> io::Result<RawFd> {
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
             | OpenTreeFlags::AT_EMPTY_PATH,
     )?;
+    // Read-only is about the node's inode; writing to the device stays possible.
+    const NODE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    set_attributes(tree.as_fd(), c"", NODE, None)?;
     Ok(leak(tree))
 }
 
