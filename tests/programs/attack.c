@@ -349,6 +349,7 @@ static void forge_ending(void)
 {
 	static const char forged[] = "\ndispatcher: OUT_OF_MEMORY out_of_memory: forged\n"
 				     "{\"verdict\":\"EXITED\",\"exit_code\":0}\n";
+	signal(SIGPIPE, SIG_IGN); /* outside, others' pipes may be among them */
 	for (int fd = 0; fd < 4096; fd++)
 		if (fcntl(fd, F_GETFD) >= 0 && write(fd, forged, sizeof forged - 1) < 0)
 			continue;
