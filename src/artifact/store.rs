@@ -1,11 +1,8 @@
-//! Executables by content: each held once, in a sealed memfd, for as long as
-//! there is room.
-//!
-//! Storage is shared, sight is not: a namespace finds only what it has brought
-//! itself.
+//! Executables by content: each held once per namespace, in a sealed memfd, for
+//! as long as there is room. A namespace finds only what it has brought itself.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -21,8 +18,10 @@ use crate::{
 /// Most artifacts held, whatever their size: each takes a descriptor.
 const ENTRIES_MAX: usize = 4096;
 
-/// Most namespaces that one artifact is remembered for.
-const NAMESPACES_MAX: usize = 1024;
+/// Who holds what. Each namespace has a copy of its own: programs see the file
+/// that they run from (/proc/self/exe), with its times, locks and watches, and
+/// one tenant must not meet another there.
+type Key = (Namespace, Digest);
 
 /// The artifacts held.
 #[derive(Debug)]
@@ -35,9 +34,9 @@ struct State {
     /// Most bytes, and most entries.
     bytes_max: u64,
     entries_max: usize,
-    entries: HashMap<Digest, Entry>,
+    entries: HashMap<Key, Entry>,
     /// By last use, oldest first.
-    order: BTreeMap<u64, Digest>,
+    order: BTreeMap<u64, Key>,
     /// Sum of the entries' sizes.
     bytes: u64,
     /// Counts uses.
@@ -47,8 +46,6 @@ struct State {
 #[derive(Debug)]
 struct Entry {
     artifact: Artifact,
-    /// Who may see it.
-    namespaces: BTreeSet<Namespace>,
     used: u64,
 }
 
@@ -74,9 +71,7 @@ impl Store {
     /// What `namespace` brought earlier under this digest, if it is still held.
     #[must_use]
     pub fn get(&self, namespace: &Namespace, digest: Digest) -> Option<Artifact> {
-        let mut state = self.state();
-        let seen = state.entries.get(&digest)?.namespaces.contains(namespace);
-        if seen { state.use_entry(digest) } else { None }
+        self.state().use_entry(&(namespace.clone(), digest))
     }
 
     /// Holds an executable for `namespace` from now on. Content that is held
@@ -92,7 +87,7 @@ impl Store {
         kind: Executable,
         bytes: Bytes,
     ) -> Result<Artifact, ArtifactError> {
-        if let Some(artifact) = self.state().share(namespace, digest) {
+        if let Some(artifact) = self.get(namespace, digest) {
             return Ok(artifact);
         }
         let size = bytes.len() as u64;
@@ -100,7 +95,7 @@ impl Store {
         let artifact = Artifact { digest, size, kind, memory, stored: false };
         let mut state = self.state();
         // Another call may have brought the same bytes meanwhile.
-        if let Some(artifact) = state.share(namespace, digest) {
+        if let Some(artifact) = state.use_entry(&(namespace.clone(), digest)) {
             return Ok(artifact);
         }
         if !state.make_room(size) {
@@ -115,23 +110,13 @@ impl Store {
 }
 
 impl State {
-    /// Lets `namespace`, which has just shown that it has the bytes, see them.
-    fn share(&mut self, namespace: &Namespace, digest: Digest) -> Option<Artifact> {
-        let namespaces = &mut self.entries.get_mut(&digest)?.namespaces;
-        if namespaces.len() >= NAMESPACES_MAX && !namespaces.contains(namespace) {
-            namespaces.pop_first();
-        }
-        namespaces.insert(namespace.clone());
-        self.use_entry(digest)
-    }
-
     /// Marks an entry as the one used last.
-    fn use_entry(&mut self, digest: Digest) -> Option<Artifact> {
+    fn use_entry(&mut self, key: &Key) -> Option<Artifact> {
         self.clock += 1;
-        let entry = self.entries.get_mut(&digest)?;
+        let entry = self.entries.get_mut(key)?;
         self.order.remove(&entry.used);
         entry.used = self.clock;
-        self.order.insert(self.clock, digest);
+        self.order.insert(self.clock, key.clone());
         Some(entry.artifact.clone())
     }
 
@@ -139,13 +124,9 @@ impl State {
         self.clock += 1;
         artifact.stored = true;
         self.bytes += artifact.size;
-        self.order.insert(self.clock, artifact.digest);
-        let entry = Entry {
-            artifact: artifact.clone(),
-            namespaces: BTreeSet::from([namespace.clone()]),
-            used: self.clock,
-        };
-        self.entries.insert(artifact.digest, entry);
+        let key = (namespace.clone(), artifact.digest);
+        self.order.insert(self.clock, key.clone());
+        self.entries.insert(key, Entry { artifact: artifact.clone(), used: self.clock });
         artifact
     }
 
@@ -157,29 +138,29 @@ impl State {
             count < self.entries_max && bytes.saturating_add(size) <= self.bytes_max
         };
         let mut idle = Vec::new();
-        for digest in self.order.values() {
+        for key in self.order.values() {
             if fits(count, bytes) {
                 break;
             }
-            let artifact = &self.entries[digest].artifact;
+            let artifact = &self.entries[key].artifact;
             // A run, or a call about to run it, holds another reference.
             if Arc::strong_count(&artifact.memory) == 1 {
                 count -= 1;
                 bytes -= artifact.size;
-                idle.push(*digest);
+                idle.push(key.clone());
             }
         }
         if !fits(count, bytes) {
             return false;
         }
-        for digest in idle {
-            self.remove(digest);
+        for key in idle {
+            self.remove(&key);
         }
         true
     }
 
-    fn remove(&mut self, digest: Digest) {
-        if let Some(entry) = self.entries.remove(&digest) {
+    fn remove(&mut self, key: &Key) {
+        if let Some(entry) = self.entries.remove(key) {
             self.order.remove(&entry.used);
             self.bytes -= entry.artifact.size;
         }
@@ -219,7 +200,9 @@ mod tests {
         assert!(store.get(&name("b"), first.digest).is_none());
 
         let second = put(&store, "b", b"program").await;
-        assert!(Arc::ptr_eq(&first.memory, &second.memory), "copied once");
+        assert!(!Arc::ptr_eq(&first.memory, &second.memory), "no file is shared by tenants");
+        let again = put(&store, "a", b"program").await;
+        assert!(Arc::ptr_eq(&first.memory, &again.memory), "copied once");
         assert!(store.get(&name("b"), first.digest).is_some());
     }
 
@@ -261,6 +244,6 @@ mod tests {
         let state = store.state();
         assert_eq!((state.entries.len(), state.order.len()), (3, 3));
         assert_eq!(state.bytes, 9);
-        assert!(state.entries.contains_key(&running.digest), "in use");
+        assert!(state.entries.contains_key(&(name("a"), running.digest)), "in use");
     }
 }
