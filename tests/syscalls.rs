@@ -222,7 +222,8 @@ fn harmless_calls_work() {
         ("personality, reading", libc::SYS_personality, &["0xffffffff"]),
         ("personality 0", libc::SYS_personality, &["0"]),
         ("getrandom", libc::SYS_getrandom, &["buf", "16", "0"]),
-        ("memfd_create", libc::SYS_memfd_create, &["str:x", "0"]),
+        // MFD_NOEXEC_SEAL: without the sysctl, the filter refuses others.
+        ("memfd_create", libc::SYS_memfd_create, &["str:x", "8"]),
         ("eventfd2", libc::SYS_eventfd2, &["0", "0"]),
         ("epoll_create1", libc::SYS_epoll_create1, &["0"]),
         ("timerfd_create", libc::SYS_timerfd_create, &["1", "0"]),
