@@ -8,7 +8,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{self, BufRead as _, BufReader, Read as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
     os::{
         fd::OwnedFd,
@@ -84,8 +84,9 @@ fn run_tests() {
 
 // The fakes.
 
+/// In one write: two fakes share this pipe, and `eprintln!` writes in pieces.
 fn tell(text: &str) {
-    eprintln!("{text}");
+    io::stderr().write_all(format!("{text}\n").as_bytes()).unwrap();
 }
 
 fn mode(variable: &str) -> String {
