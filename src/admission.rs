@@ -55,6 +55,19 @@ pub struct Capacity {
     pub memory: u64,
 }
 
+/// What is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Calls with a permit.
+    pub running: u32,
+    /// Calls in queues.
+    pub waiting: usize,
+    /// Bytes promised to those that run, and to what is left of ended ones.
+    pub memory: u64,
+    /// Bytes that may be promised.
+    pub budget: u64,
+}
+
 /// What one call wants.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask<'a> {
@@ -195,11 +208,16 @@ impl Admission {
         }
     }
 
-    /// How many calls run and how many wait, over all namespaces.
+    /// What is under way, over all namespaces.
     #[must_use]
-    pub fn load(&self) -> (u32, usize) {
+    pub fn load(&self) -> Load {
         let state = self.state();
-        (state.running, state.waiting)
+        Load {
+            running: state.running,
+            waiting: state.waiting,
+            memory: state.memory,
+            budget: state.capacity.memory,
+        }
     }
 
     /// Takes a place in the queue, which may come with a permit at once.

@@ -52,6 +52,8 @@ pub struct Record {
     pub denied_syscall: String,
     /// Waiting for a permit.
     pub queue: Duration,
+    /// From the permit to the program's first instruction.
+    pub setup: Duration,
     /// From the start to the end.
     pub wall: Duration,
     /// CPU time of the whole tree.
@@ -84,6 +86,7 @@ pub fn record(record: &Record) {
         signal = record.signal,
         denied_syscall = %record.denied_syscall,
         queue_ms = milliseconds(record.queue),
+        setup_ms = milliseconds(record.setup),
         wall_ms = milliseconds(record.wall),
         cpu_ms = milliseconds(record.cpu),
         memory_peak = record.memory_peak,

@@ -14,8 +14,11 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    admission::{Admission, Ask, Permit, bytes::Reservation},
-    artifact::{self, Artifact, ArtifactError, elf, store::Store},
+    admission::{Admission, Ask, Load, Permit, bytes::Reservation},
+    artifact::{
+        self, Artifact, ArtifactError, elf,
+        store::{Held, Store},
+    },
     call::{Call, FormError, Source},
     execute::{
         ExecuteError, Invocation, Outcome, OutputSink, launcher::Launcher, stop::StopSignal,
@@ -133,6 +136,24 @@ impl Dispatcher {
         artifact_cache: u64,
     ) -> Self {
         Self { policies, artifacts: Store::new(artifact_cache), admission, launcher }
+    }
+
+    /// What runs and what waits.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        self.admission.load()
+    }
+
+    /// What is held of executables.
+    #[must_use]
+    pub fn artifacts_held(&self) -> Held {
+        self.artifacts.held()
+    }
+
+    /// How many ended runs can't be removed yet.
+    #[must_use]
+    pub fn quarantined(&self) -> usize {
+        self.launcher.quarantined()
     }
 
     /// Takes one call to its reply. It is stopped through its context's signal;

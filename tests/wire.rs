@@ -377,13 +377,90 @@ fn connections_are_bounded() {
         process.descriptor_targets().iter().filter(|target| target.starts_with("socket:")).count()
     };
     assert!(sockets(&serve) < 30, "{} sockets with 8 connections allowed", sockets(&serve));
-    // Who was there first is served on.
-    dispatcher.run("jail", "act", &[]).ok();
     drop(idle);
     wait_until("new connections are let in again", Duration::from_secs(10), || {
         let call = Call::new("jail", "act").send(client::connect(dispatcher.address()));
         client::runtime().block_on(call).is_ok()
     });
+    dispatcher.stop();
+}
+
+#[test]
+fn idle_connections_keep_nobody_out() {
+    let dispatcher = Settings::new([("jail", plain(""))]).server("max_connections = 8\n").start();
+    // A call under way keeps its connection through all of this.
+    let flag = dispatcher.begin(Call::new("jail", "act").args(&["sleep", "4000"]));
+    wait_until("the call runs", patience(Duration::from_secs(10)), || {
+        dispatcher.descendants().iter().any(|process| process.name == "dispatch-init")
+    });
+    // Whole HTTP/2 connections, whose pings are answered.
+    let idle: Vec<_> = (0..20)
+        .filter_map(|_| {
+            let handshake = async {
+                let socket = tokio::net::TcpStream::connect(dispatcher.address()).await.ok()?;
+                let (sender, connection) = h2::client::handshake(socket).await.ok()?;
+                tokio::spawn(connection);
+                Some(sender)
+            };
+            client::runtime().block_on(handshake)
+        })
+        .collect();
+    wait_until("a newcomer is served", patience(Duration::from_secs(10)), || {
+        let call = Call::new("jail", "act").send(client::connect(dispatcher.address()));
+        client::runtime().block_on(call).is_ok()
+    });
+    flag.finish().unwrap().ok();
+    drop(idle);
+    dispatcher.stop();
+}
+
+/// Asks for a path by HTTP/1.1, as Prometheus does.
+fn http_get(socket: &std::path::Path, path: &str) -> String {
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: metrics\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn the_health_address_has_health_and_metrics_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("health");
+    let dispatcher =
+        Settings::new([("jail", plain("")), ("closed", plain("[services]\nallow = []\n"))])
+            .server(&format!("health_listen = \"unix:{}\"\n", socket.display()))
+            .start();
+    dispatcher.run("jail", "act", &[]).ok();
+    dispatcher.run("closed", "act", &[]).refused(Code::PermissionDenied, "service_not_allowed");
+
+    let answer = http_get(&socket, "/metrics");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.contains("content-type: application/openmetrics-text"), "{answer}");
+    for line in [
+        r#"dispatcher_calls_total{policy="jail",mode="jail",verdict="EXITED",reason=""} 1"#,
+        r#"verdict="REFUSED",reason="service_not_allowed"} 1"#,
+        r#"dispatcher_wall_seconds_count{policy="jail"} 1"#,
+        "dispatcher_running 0",
+        "dispatcher_artifacts 1",
+        "dispatcher_draining 0",
+    ] {
+        assert!(answer.contains(line), "{line} in {answer}");
+    }
+    assert!(http_get(&socket, "/").starts_with("HTTP/1.1 404 "));
+
+    let channel = client::connect(&format!("unix:{}", socket.display()));
+    let mut health = HealthClient::new(channel.clone());
+    let checked = client::runtime().block_on(health.check(HealthCheckRequest::default())).unwrap();
+    assert_eq!(checked.into_inner().status(), ServingStatus::Serving);
+    let call = client::runtime().block_on(Call::new("jail", "act").send(channel));
+    assert_eq!(call.unwrap_err().code(), tonic::Code::Unimplemented, "no calls here");
+    // And no metrics where strangers call.
+    let mut stream = TcpStream::connect(dispatcher.address()).unwrap();
+    write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP/1.1 200"));
     dispatcher.stop();
 }
 

@@ -23,6 +23,15 @@ const ENTRIES_MAX: usize = 4096;
 /// one tenant must not meet another there.
 type Key = (Namespace, Digest);
 
+/// How much a [`Store`] holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Executables, one for each namespace that brought it.
+    pub count: usize,
+    /// Their sizes' sum.
+    pub bytes: u64,
+}
+
 /// The artifacts held.
 #[derive(Debug)]
 pub struct Store {
@@ -66,6 +75,13 @@ impl Store {
             clock: 0,
         };
         Self { state: Mutex::new(state) }
+    }
+
+    /// How much is held.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        let state = self.state();
+        Held { count: state.entries.len(), bytes: state.bytes }
     }
 
     /// What `namespace` brought earlier under this digest, if it is still held.

@@ -204,7 +204,7 @@ async fn the_queue_and_the_deadline() {
     let running = Context { stop: StopSignal::of(&handle), ..context() };
     let dispatcher = Arc::clone(&bench.dispatcher);
     let first = tokio::spawn(async move { dispatcher.dispatch(Ok(inline()), running).await });
-    while bench.dispatcher.admission.load().0 == 0 {
+    while bench.dispatcher.load().running == 0 {
         tokio::task::yield_now().await;
     }
     assert!(matches!(
@@ -218,7 +218,8 @@ async fn the_queue_and_the_deadline() {
     let stopped = first.await.unwrap().result.unwrap();
     assert_eq!(stopped.outcome.verdict, Verdict::Cancelled);
     assert_eq!(bench.fake.stopped().1, StopCause::Cancelled);
-    assert_eq!(bench.dispatcher.admission.load(), (0, 0));
+    let load = bench.dispatcher.load();
+    assert_eq!((load.running, load.waiting), (0, 0));
 }
 
 #[tokio::test]
@@ -234,7 +235,7 @@ async fn the_requests_memory_is_given_back_while_the_program_runs() {
     call.input = Some(Input { type_url: String::new(), value: vec![0; 321].into() });
     let dispatcher = Arc::clone(&bench.dispatcher);
     let run = tokio::spawn(async move { dispatcher.dispatch(Ok(call), context).await });
-    while bench.dispatcher.admission.load().0 == 0 {
+    while bench.dispatcher.load().running == 0 {
         tokio::task::yield_now().await;
     }
     assert_eq!(budget.used(), 321, "of the request only the input is left");

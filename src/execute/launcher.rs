@@ -108,6 +108,12 @@ impl Launcher {
         }
     }
 
+    /// How many ended runs can't be removed yet.
+    #[must_use]
+    pub fn quarantined(&self) -> usize {
+        self.aside().len()
+    }
+
     /// Has [`Self::keep_until_released`] keep what a run was granted of which
     /// nothing is heard; `false` where there is word of it after all.
     pub(super) fn give_up(&self, registration: &Registration) -> bool {

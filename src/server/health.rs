@@ -1,5 +1,7 @@
-//! Health checks and reflection: what tools ask before they call.
+//! Health checks, metrics and reflection: what tools ask before they call.
 
+use axum::body::Body;
+use tonic::service::Routes;
 use tonic_health::{
     ServingStatus,
     pb::health_server::HealthServer,
@@ -11,7 +13,9 @@ use tonic_reflection::{
 };
 
 use super::{
+    connections::Connections,
     listen::{Incoming, Listener},
+    metrics::{self, Metrics},
     transport,
 };
 use crate::wire;
@@ -34,7 +38,7 @@ const LIVENESS: &str = "liveness";
 /// Bytes of a health or reflection request.
 const REQUEST_MAX: usize = 64 << 10;
 
-/// Connections to the listener that is for health checks only.
+/// Connections to the listener that is for health checks and metrics only.
 const CONNECTIONS_MAX: usize = 64;
 
 /// The service's health.
@@ -69,15 +73,46 @@ impl Health {
             .max_decoding_message_size(REQUEST_MAX)
     }
 
-    /// Serves health checks alone on a listener, until dropped.
+    /// Serves health checks by gRPC, and `GET /metrics` by HTTP/1.1 or 2, and
+    /// nothing else on a listener, until dropped.
     pub(super) async fn serve(
         &self,
         listener: Option<Listener>,
+        metrics: Metrics,
     ) -> Result<(), tonic::transport::Error> {
         let Some(listener) = listener else { return std::future::pending().await };
-        let incoming = Incoming::new(vec![listener], CONNECTIONS_MAX);
-        transport().add_service(self.service()).serve_with_incoming(incoming).await
+        let incoming = Incoming::new(vec![listener], &Connections::new(CONNECTIONS_MAX));
+        let page = axum::routing::get(move || std::future::ready(page(&metrics)));
+        let router = Routes::new(self.service()).into_axum_router();
+        let routes = Routes::from(router.route("/metrics", page).fallback(not_here));
+        // Prometheus doesn't speak HTTP/2 without TLS.
+        transport().accept_http1(true).add_routes(routes).serve_with_incoming(incoming).await
     }
+}
+
+fn page(metrics: &Metrics) -> http::Response<Body> {
+    let (status, text) = match metrics.render() {
+        Ok(text) => (http::StatusCode::OK, text),
+        Err(error) => (http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    };
+    let mut response = http::Response::new(Body::from(text));
+    *response.status_mut() = status;
+    let kind = http::HeaderValue::from_static(metrics::CONTENT_TYPE);
+    response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
+    response
+}
+
+/// In the words of whoever asks: gRPC has its errors in a reply that is well.
+async fn not_here(request: http::Request<Body>) -> http::Response<Body> {
+    let kind = request.headers().get(http::header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        let text = "only grpc.health.v1.Health is served at this address";
+        return tonic::Status::unimplemented(text).into_http();
+    }
+    let mut response =
+        http::Response::new(Body::from("here are /metrics and gRPC health checks\n"));
+    *response.status_mut() = http::StatusCode::NOT_FOUND;
+    response
 }
 
 /// Both versions of reflection: older tools know only the alpha.

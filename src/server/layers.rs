@@ -7,6 +7,7 @@ pub mod gate;
 pub mod receive;
 mod scan;
 pub mod trailers;
+pub mod under_way;
 
 use std::{convert::Infallible, future::Future, pin::Pin};
 

@@ -2,10 +2,8 @@
 
 use std::{
     io,
-    net::SocketAddr,
     os::fd::OwnedFd,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -13,7 +11,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::mpsc,
     task::JoinSet,
     time::{Sleep, sleep},
 };
@@ -21,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
+use super::connections::{Caller, Connections, Peer, Place};
 use crate::config::ListenAddress;
 
 /// How long a new connection may take to send HTTP/2's preface. From there on
@@ -75,8 +74,8 @@ impl Listener {
     }
 }
 
-/// Connections of several listeners, at most `most` of them at once. More are
-/// closed at once: a refusal that can be seen, rather than a silent wait.
+/// Connections of several listeners, as many as have a place. More are closed
+/// at once: a refusal that can be seen, rather than a silent wait.
 pub struct Incoming {
     stream: ReceiverStream<io::Result<Connection>>,
     /// Accepting ends when this is dropped.
@@ -86,12 +85,11 @@ pub struct Incoming {
 impl Incoming {
     /// Begins to accept.
     #[must_use]
-    pub fn new(listeners: Vec<Listener>, most: usize) -> Self {
-        let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+    pub fn new(listeners: Vec<Listener>, connections: &Connections) -> Self {
         let (sender, receiver) = mpsc::channel(16);
         let mut accepting = JoinSet::new();
         for listener in listeners {
-            accepting.spawn(accept(listener, Arc::clone(&places), sender.clone()));
+            accepting.spawn(accept(listener, connections.clone(), sender.clone()));
         }
         Self { stream: ReceiverStream::new(receiver), _accepting: accepting }
     }
@@ -107,13 +105,13 @@ impl tokio_stream::Stream for Incoming {
 
 async fn accept(
     listener: Listener,
-    places: Arc<Semaphore>,
+    connections: Connections,
     sender: mpsc::Sender<io::Result<Connection>>,
 ) {
     loop {
         match listener.accept().await {
             Ok(socket) => {
-                let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                let Some(place) = connections.admit(socket.peer()) else {
                     debug!("a connection too many was closed");
                     continue;
                 };
@@ -135,21 +133,11 @@ enum Socket {
     Unix(UnixStream),
 }
 
-/// Who is at the other end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Peer {
-    /// An address.
-    Tcp(Option<SocketAddr>),
-    /// A local user, by number.
-    Unix(Option<u32>),
-}
-
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Socket {
+    fn peer(&self) -> Peer {
         match self {
-            Self::Tcp(Some(address)) => write!(f, "{address}"),
-            Self::Unix(Some(uid)) => write!(f, "uid:{uid}"),
-            Self::Tcp(None) | Self::Unix(None) => f.write_str("unknown"),
+            Self::Tcp(socket) => Peer::Tcp(socket.peer_addr().ok()),
+            Self::Unix(socket) => Peer::Unix(socket.peer_cred().ok().map(|cred| cred.uid())),
         }
     }
 }
@@ -160,24 +148,30 @@ pub struct Connection {
     socket: Socket,
     /// Until the preface is there: how much of it is, and until when to wait.
     preface: Option<(usize, Pin<Box<Sleep>>)>,
-    _place: OwnedSemaphorePermit,
+    place: Place,
+    /// Its place went to another.
+    displaced: bool,
 }
 
 impl Connection {
-    fn new(socket: Socket, place: OwnedSemaphorePermit) -> Self {
+    fn new(socket: Socket, place: Place) -> Self {
         let preface = Some((0, Box::pin(sleep(PREFACE_WAIT))));
-        Self { socket, preface, _place: place }
+        Self { socket, preface, place, displaced: false }
+    }
+
+    /// Whether the connection is to end; wakes the reader when it is.
+    fn poll_displaced(&mut self, context: &mut Context<'_>) -> bool {
+        self.displaced =
+            self.displaced || Pin::new(&mut self.place.closing).poll(context).is_ready();
+        self.displaced
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = Peer;
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) -> Peer {
-        match &self.socket {
-            Socket::Tcp(socket) => Peer::Tcp(socket.peer_addr().ok()),
-            Socket::Unix(socket) => Peer::Unix(socket.peer_cred().ok().map(|cred| cred.uid())),
-        }
+    fn connect_info(&self) -> Caller {
+        self.place.caller.clone()
     }
 }
 
@@ -188,6 +182,9 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.poll_displaced(context) {
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         let polled = match &mut this.socket {
             Socket::Tcp(socket) => Pin::new(socket).poll_read(context, buffer),
@@ -211,6 +208,9 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if self.displaced {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
         match &mut self.socket {
             Socket::Tcp(socket) => Pin::new(socket).poll_write(context, bytes),
             Socket::Unix(socket) => Pin::new(socket).poll_write(context, bytes),
@@ -222,6 +222,9 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.displaced {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
         match &mut self.socket {
             Socket::Tcp(socket) => Pin::new(socket).poll_write_vectored(context, slices),
             Socket::Unix(socket) => Pin::new(socket).poll_write_vectored(context, slices),
@@ -250,6 +253,7 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio_stream::StreamExt as _;
 
@@ -264,7 +268,7 @@ mod tests {
             Listener::from_fd(tcp.into(), &any).unwrap(),
             Listener::from_fd(unix.into(), &path).unwrap(),
         ];
-        (Incoming::new(listeners, most), address, directory)
+        (Incoming::new(listeners, &Connections::new(most)), address, directory)
     }
 
     #[tokio::test]
@@ -273,10 +277,10 @@ mod tests {
         let path = directory.path().join("socket");
         let _tcp_client = TcpStream::connect(address).await.unwrap();
         let tcp = incoming.next().await.unwrap().unwrap();
-        assert!(matches!(tcp.connect_info(), Peer::Tcp(Some(_))));
+        assert!(matches!(tcp.connect_info().peer, Peer::Tcp(Some(_))));
         let _unix_client = UnixStream::connect(&path).await.unwrap();
         let unix = incoming.next().await.unwrap().unwrap();
-        assert!(matches!(unix.connect_info(), Peer::Unix(Some(_))));
+        assert!(matches!(unix.connect_info().peer, Peer::Unix(Some(_))));
 
         let mut refused = TcpStream::connect(address).await.unwrap();
         assert_eq!(refused.read(&mut [0; 1]).await.unwrap_or(0), 0, "closed at once");
@@ -285,12 +289,17 @@ mod tests {
         assert!(incoming.next().await.unwrap().is_ok());
     }
 
+    /// Both ends of a connection among at most one.
+    fn connected() -> (UnixStream, Connection, Connections) {
+        let (client, server) = UnixStream::pair().unwrap();
+        let connections = Connections::new(1);
+        let place = connections.admit(Peer::Unix(None)).unwrap();
+        (client, Connection::new(Socket::Unix(server), place), connections)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_says_nothing_loses_the_connection() {
-        let (client, server) = UnixStream::pair().unwrap();
-        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let mut connection = Connection::new(Socket::Unix(server), place);
-        let mut client = client;
+        let (mut client, mut connection, _) = connected();
         client.write_all(b"PRI * HTTP").await.unwrap();
         let mut buffer = [0; 64];
         assert_eq!(connection.read(&mut buffer).await.unwrap(), 10);
@@ -300,13 +309,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn after_the_preface_there_is_no_hurry() {
-        let (mut client, server) = UnixStream::pair().unwrap();
-        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let mut connection = Connection::new(Socket::Unix(server), place);
+        let (mut client, mut connection, _) = connected();
         client.write_all(&[b'x'; PREFACE]).await.unwrap();
         let mut buffer = [0; 64];
         assert_eq!(connection.read(&mut buffer).await.unwrap(), PREFACE);
         let later = tokio::time::timeout(PREFACE_WAIT * 10, connection.read(&mut buffer));
         assert!(later.await.is_err(), "it still waits");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_lost_the_place_reads_the_end_and_writes_no_more() {
+        let (_client, mut connection, connections) = connected();
+        let waiting = tokio::spawn(async move {
+            let read = connection.read(&mut [0; 64]).await.unwrap();
+            (read, connection.read(&mut [0; 64]).await.unwrap(), connection.write(b"x").await)
+        });
+        sleep(Duration::from_secs(2)).await;
+        let _newcomer = connections.admit(Peer::Unix(None)).unwrap();
+        let (first, second, written) = waiting.await.unwrap();
+        assert_eq!((first, second), (0, 0));
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

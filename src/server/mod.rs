@@ -3,12 +3,14 @@
 //! [`main`] is the process `dispatch-serve`; [`run`] serves on given listeners
 //! until it is told to stop, and can be used without the rest.
 
+pub mod connections;
 pub mod convert;
 mod deadline;
 mod health;
 pub mod layers;
 pub mod listen;
 pub mod message;
+mod metrics;
 mod process;
 mod service;
 #[cfg(test)]
@@ -38,13 +40,16 @@ use crate::{
     units::Limit,
     wire::collective_dispatcher_server::CollectiveDispatcherServer,
 };
+use connections::Connections;
 use health::Health;
 use layers::{
     gate::Gate,
     receive::{MessageLimit, ReceiveLayer},
     trailers::TrailersLayer,
+    under_way::UnderWayLayer,
 };
 use listen::{Incoming, Listener};
+use metrics::{Gauges, Metrics};
 use service::Handler;
 
 /// Calls at once on one connection; more wait on the client's side.
@@ -82,7 +87,7 @@ const GOODBYE_WAIT: Duration = Duration::from_secs(2);
 pub struct Listeners {
     /// For everything.
     pub service: Vec<Listener>,
-    /// For health checks only.
+    /// For health checks and metrics only.
     pub health: Option<Listener>,
 }
 
@@ -122,28 +127,38 @@ pub async fn run(
     let limit = message_limit(Arc::clone(&policies), config.inflight_bytes);
     let dispatcher =
         Arc::new(Dispatcher::new(policies, admission, launcher, config.artifact_cache));
-    let stop_all = Arc::new(StopHandle::new());
-    let handler = Handler::new(dispatcher, config.id.clone(), Arc::clone(&stop_all));
-
-    let health = Health::new().await;
     let gate = Gate::default();
+    let bytes = ByteBudget::new(config.inflight_bytes);
+    let connections =
+        Connections::new(usize::try_from(config.max_connections).unwrap_or(usize::MAX));
+    let metrics = Metrics::new(Gauges {
+        dispatcher: Arc::clone(&dispatcher),
+        bytes: bytes.clone(),
+        connections: connections.clone(),
+        gate: gate.clone(),
+    });
+    let stop_all = Arc::new(StopHandle::new());
+    let id = config.id.clone();
+    let handler = Handler::new(dispatcher, metrics.clone(), id, Arc::clone(&stop_all));
+    let health = Health::new().await;
     let routes = routes(handler, &health)?;
-    let most = usize::try_from(config.max_connections).unwrap_or(usize::MAX);
 
     let (end, ended) = oneshot::channel::<()>();
     let server = transport()
-        // Outermost, so that every reply of ours gets its trailers.
+        // Outermost: a call is under way until all of its answer is sent.
+        .layer(UnderWayLayer)
+        // So far out that every reply of ours gets its trailers.
         .layer(TrailersLayer)
         // Before anything is received: a draining service takes no bytes in.
         .layer(gate.clone())
         // Before anything is decoded: decoding takes as much memory as it is told.
-        .layer(ReceiveLayer::new(ByteBudget::new(config.inflight_bytes), limit))
+        .layer(ReceiveLayer::new(bytes, limit))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(Incoming::new(listeners.service, most), async {
+        .serve_with_incoming_shutdown(Incoming::new(listeners.service, &connections), async {
             let _ = ended.await;
         });
     let mut server = std::pin::pin!(server);
-    let health_server = health.serve(listeners.health);
+    let health_server = health.serve(listeners.health, metrics);
     let mut health_server = std::pin::pin!(health_server);
 
     let mut drained = std::pin::pin!(async {

@@ -6,13 +6,14 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::{
+    connections::Caller,
     convert::{self, Summary, reply},
     deadline,
     layers::{
         gate::Ticket,
         receive::{Arrival, Received},
     },
-    listen::Peer,
+    metrics::Metrics,
 };
 use crate::{
     audit::{self, Record},
@@ -32,20 +33,23 @@ const NAME_MAX: usize = 512;
 #[derive(Debug)]
 pub struct Handler {
     dispatcher: Arc<Dispatcher>,
+    metrics: Metrics,
     executor_id: String,
     /// Stops all calls at the end of the drain.
     stop_all: Arc<StopHandle>,
 }
 
 impl Handler {
-    /// A handler that passes calls to `dispatcher` and stops them all by `stop_all`.
+    /// A handler that passes calls to `dispatcher`, counts them in `metrics`, and
+    /// stops them all by `stop_all`.
     #[must_use]
     pub fn new(
         dispatcher: Arc<Dispatcher>,
+        metrics: Metrics,
         executor_id: String,
         stop_all: Arc<StopHandle>,
     ) -> Self {
-        Self { dispatcher, executor_id, stop_all }
+        Self { dispatcher, metrics, executor_id, stop_all }
     }
 }
 
@@ -66,11 +70,15 @@ impl CollectiveDispatcher for Handler {
         // A task of its own: it sees the run to its end, whatever becomes of us.
         let dispatcher = Arc::clone(&self.dispatcher);
         let executor_id = self.executor_id.clone();
+        let metrics = self.metrics.clone();
         let request = request.into_inner();
         let task = tokio::spawn(async move {
-            let answered = answer(&dispatcher, request, context, record, &executor_id).await;
+            let (message, summary, record) =
+                answer(&dispatcher, request, context, record, &executor_id).await;
+            audit::record(&record);
+            metrics.count(&record);
             drop(ticket);
-            answered
+            (message, summary)
         });
         let joined = task.await;
         caller.disarm();
@@ -132,7 +140,7 @@ async fn answer(
     context: Context,
     mut record: Record,
     executor_id: &str,
-) -> (wire::ServeResponse, Summary) {
+) -> (wire::ServeResponse, Summary, Record) {
     let call = convert::call(request);
     if let Ok(call) = &call {
         record.labels.clone_from(&call.labels);
@@ -148,8 +156,7 @@ async fn answer(
     record.verdict = reply::verdict_name(summary.verdict);
     record.code = summary.code.as_str_name();
     record.reason = summary.reason.unwrap_or_default();
-    audit::record(&record);
-    (message, summary)
+    (message, summary, record)
 }
 
 fn respond<T>(message: T, summary: &Summary, run: Option<RunId>) -> Response<T> {
@@ -162,7 +169,7 @@ fn respond<T>(message: T, summary: &Summary, run: Option<RunId>) -> Response<T> 
 fn named(run: RunId, request: &Request<wire::ServeRequest>) -> Record {
     let message = request.get_ref();
     let short = |text: &str| text.chars().take(NAME_MAX).collect::<String>();
-    let peer = request.extensions().get::<Peer>().map(ToString::to_string);
+    let peer = request.extensions().get::<Caller>().map(|caller| caller.peer.to_string());
     Record {
         run_id: run.to_string(),
         peer: peer.unwrap_or_default(),
@@ -178,6 +185,7 @@ fn measured(record: &mut Record, outcome: &Outcome) {
     record.exit_code = outcome.exit_code;
     record.signal = outcome.signal;
     record.denied_syscall.clone_from(&outcome.denied_syscall);
+    record.setup = outcome.setup;
     record.wall = outcome.wall;
     record.cpu = outcome.user + outcome.system;
     record.memory_peak = outcome.memory_peak;

@@ -27,10 +27,12 @@ pub fn runtime() -> &'static Runtime {
     })
 }
 
-/// A channel to `HOST:PORT`, connected when first used and again when lost.
+/// A channel to `HOST:PORT` or `unix:PATH`, connected when first used and again when lost.
 pub fn connect(address: &str) -> Channel {
     let _context = runtime().enter();
-    Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy()
+    let uri =
+        if address.starts_with("unix:") { address.into() } else { format!("http://{address}") };
+    Endpoint::from_shared(uri).unwrap().connect_lazy()
 }
 
 /// A protobuf duration.

@@ -33,6 +33,12 @@ impl Gate {
         self.shared.closed.store(true, Ordering::SeqCst);
     }
 
+    /// Whether nobody is let in any more.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::SeqCst)
+    }
+
     /// Returns once nobody is inside. Cancel-safe.
     pub async fn empty(&self) {
         let mut inside = self.shared.inside.subscribe();

@@ -1,0 +1,83 @@
+//! Tells a connection which calls it has under way: such a one keeps its place.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use tonic::{Status, body::Body};
+use tower::{Layer, Service};
+
+use super::{Answer, is_ours};
+use crate::server::connections::{Caller, UnderWay};
+
+/// Counts calls of the dispatcher's own methods, from their headers to the last
+/// byte of the answer. Others don't count: a health watch lasts for ever.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UnderWayLayer;
+
+impl<S> Layer<S> for UnderWayLayer {
+    type Service = CountUnderWay<S>;
+
+    fn layer(&self, inner: S) -> CountUnderWay<S> {
+        CountUnderWay { inner }
+    }
+}
+
+/// See [`UnderWayLayer`].
+#[derive(Clone, Debug)]
+pub struct CountUnderWay<S> {
+    inner: S,
+}
+
+impl<S> Service<http::Request<Body>> for CountUnderWay<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Answer {
+        let caller = request.extensions().get::<Caller>();
+        let under_way = caller.filter(|_| is_ours(&request)).map(Caller::begin);
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let response = answer.await?;
+            Ok(response.map(|inner| Body::new(Held { inner, _under_way: under_way })))
+        })
+    }
+}
+
+/// A body that is under way until it is dropped.
+struct Held {
+    inner: Body,
+    _under_way: Option<UnderWay>,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.inner).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.inner.size_hint()
+    }
+}
