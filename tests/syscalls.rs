@@ -56,7 +56,8 @@ fn deadly() -> Vec<(&'static str, i64, &'static [&'static str])> {
         ("unshare", libc::SYS_unshare, &["0"]),
         ("setns", libc::SYS_setns, &["-1", "0"]),
         ("ptrace", libc::SYS_ptrace, &["0"]),
-        ("ptrace", libc::SYS_ptrace, &["16", "1"]),
+        // PTRACE_ATTACH, to a process that can't be: a real one would be left stopped.
+        ("ptrace", libc::SYS_ptrace, &["16", "2147483647"]),
         ("process_vm_readv", libc::SYS_process_vm_readv, &["self", "buf", "1", "buf", "1", "0"]),
         ("process_vm_writev", libc::SYS_process_vm_writev, &["self", "buf", "1", "buf", "1", "0"]),
         ("bpf", libc::SYS_bpf, &["5", "buf", "48"]),
