@@ -16,12 +16,9 @@ use common::{
     dispatcher::{binary, plain},
     host, not_here,
     programs::{self, Background},
-    rootless, scaled_ms, shared, skip, token, wait_until,
+    rootless, scaled_ms, shared, skip, slowness, token, wait_until,
 };
-use dispatcher::{
-    names::Digest,
-    wire::{Verdict, status::Code},
-};
+use dispatcher::wire::{Verdict, status::Code};
 
 fn dispatcher() -> &'static Dispatcher {
     static SERVER: OnceLock<Dispatcher> = OnceLock::new();
@@ -91,7 +88,7 @@ fn refused(finding: &str, reasons: &[&str]) {
 /// CVE-2019-5736.
 #[test]
 fn the_launcher_is_not_overwritten() {
-    let before = Digest::of(&fs::read(binary()).unwrap());
+    let before = fs::read(binary()).unwrap();
     let victim = Victim::start();
     assert_eq!(outside(&["exe-overwrite", &victim.pid()]), "works");
     let content = fs::read(victim.1.path().join("victim")).unwrap();
@@ -105,7 +102,7 @@ fn the_launcher_is_not_overwritten() {
         let own = inside(namespace, &["exe-overwrite", "0"]);
         refused(&own, &["EACCES", "EPERM", "ETXTBSY", "EROFS", "ENOENT"]);
     }
-    assert_eq!(Digest::of(&fs::read(binary()).unwrap()), before);
+    assert!(fs::read(binary()).unwrap() == before, "our own executable is as it was");
 }
 
 /// CVE-2024-21626.
@@ -375,7 +372,8 @@ fn logs_cannot_be_forged() {
 #[test]
 fn parallel_starts_are_never_busy() {
     let program = programs::bytes("act");
-    let calls: Vec<_> = (0..64_u32)
+    let count = (64.0 / slowness()).max(16.0) as u32;
+    let calls: Vec<_> = (0..count)
         .map(|index| {
             let mut binary = program.to_vec();
             binary.extend(index.to_le_bytes());
@@ -393,7 +391,8 @@ fn parallel_starts_are_never_busy() {
 fn malformed_executables_do_no_harm() {
     let program = programs::bytes("act");
     let started = Instant::now();
-    for position in 0..64 {
+    // Where each call takes a second, a sample must do.
+    for position in (0..64).step_by(slowness().ceil() as usize) {
         let mut binary = program.to_vec();
         binary[position] ^= 0xff;
         let reply = dispatcher().call(Call::of("many", binary));
@@ -407,6 +406,6 @@ fn malformed_executables_do_no_harm() {
             || (reply.verdict == Verdict::Refused && reply.code == Code::InvalidArgument);
         assert!(own_fault, "{length} bytes: {}", reply.summary());
     }
-    eprintln!("73 malformed executables in {:?}", started.elapsed());
+    eprintln!("malformed executables took {:?}", started.elapsed());
     assert_eq!(dispatcher().run("jail", "act", &["print", "well"]).ok().text(), "well");
 }
