@@ -12,7 +12,7 @@ use std::{
 
 use common::{
     Dispatcher,
-    dispatcher::{command, plain},
+    dispatcher::{alone, command, plain},
     programs, scaled_ms, shared,
 };
 use serde_json::Value;
@@ -47,7 +47,7 @@ fn file(name: &str, content: &str) -> PathBuf {
 
 /// `dispatcher run` with this policy, program and arguments.
 fn run(policy: &Path, options: &[&str], program: &str, args: &[&str]) -> Output {
-    let mut command = command();
+    let (mut command, _cgroup) = alone();
     command.arg("run").arg("--policy").arg(policy).args(options);
     finish(command.arg(programs::path(program)).args(args))
 }
@@ -136,7 +136,8 @@ fn input_comes_from_a_file_or_stdin() {
     assert_eq!(run(&policy, &["--input", input], "act", &["stdin"]).stdout, b"from a file");
     assert_eq!(call(&["--input", input], "act", &["stdin"]).stdout, b"from a file");
 
-    let mut child = command()
+    let (mut command, _cgroup) = alone();
+    let mut child = command
         .arg("run")
         .arg("--policy")
         .arg(&policy)
@@ -179,8 +180,9 @@ fn run_takes_limits_and_names() {
 
     // A whole directory, and the namespace by name.
     let directory = policy.parent().unwrap();
+    let (mut command, _cgroup) = alone();
     let output = finish(
-        command()
+        command
             .arg("run")
             .arg("--policies")
             .arg(directory)
@@ -420,14 +422,16 @@ fn version_and_doctor_speak_json() {
     assert!(text(&finish(command().arg("version")).stdout).contains(env!("CARGO_PKG_VERSION")));
 
     let policies = file("doctor/demo.toml", &plain(""));
+    let (mut command, _cgroup) = alone();
     let output =
-        finish(command().args(["doctor", "--json", "--policies"]).arg(policies.parent().unwrap()));
+        finish(command.args(["doctor", "--json", "--policies"]).arg(policies.parent().unwrap()));
     let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
     for control in ["ns.user", "cgroup.memory", "seccomp", "landlock"] {
         assert!(findings.to_string().contains(control), "{control} in {findings}");
     }
     // The tests' own policies can be enforced here, or none of them would pass.
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let readable = finish(command().args(["doctor", "--policies"]).arg(policies.parent().unwrap()));
+    let (mut command, _cgroup) = alone();
+    let readable = finish(command.args(["doctor", "--policies"]).arg(policies.parent().unwrap()));
     assert!(text(&readable.stdout).contains("cgroup"), "{readable:?}");
 }

@@ -300,15 +300,17 @@ fn stopping_right_after_starting_is_fine() {
     }
 }
 
-/// What the two long-lived processes hold, settled.
-fn holdings(dispatcher: &Dispatcher) -> [(usize, u64); 2] {
+/// What the two long-lived processes hold, settled: descriptors, which the kernel
+/// shows to root alone, and memory.
+fn holdings(dispatcher: &Dispatcher) -> [(Option<usize>, u64); 2] {
     ["dispatch-serve", "dispatch-launch"].map(|name| {
         let process = dispatcher.process(name);
-        let mut last = usize::MAX;
+        let mut last = Some(usize::MAX);
         // Jails are built ahead after each call: wait until that is over.
         wait_until("descriptors settle", Duration::from_secs(20), || {
             thread::sleep(Duration::from_millis(300));
-            let now = process.descriptors().expect("ours to see");
+            let now = process.descriptors();
+            assert!(now.is_some() || rootless());
             std::mem::replace(&mut last, now) == now
         });
         (last, process.resident().unwrap())
@@ -361,8 +363,8 @@ fn nothing_adds_up() {
     for (index, name) in ["serve", "launch"].iter().enumerate() {
         let ((fds_before, rss_before), (fds_after, rss_after)) = (before[index], after[index]);
         assert!(
-            fds_after <= fds_before + 2,
-            "{name}: {fds_before} descriptors became {fds_after}: {:#?}",
+            fds_after <= fds_before.map(|count| count + 2),
+            "{name}: {fds_before:?} descriptors became {fds_after:?}: {:#?}",
             dispatcher.process(&format!("dispatch-{name}")).descriptor_targets()
         );
         assert!(

@@ -358,7 +358,9 @@ fn cancelled_runs_end() {
     let running: Vec<_> = names
         .iter()
         .map(|name| {
-            dispatcher().begin(Call::new("jail-plain", "act").args(&["name", name, "forever"]))
+            // So little memory that all of them fit on a small machine.
+            let call = Call::new("jail-plain", "act").memory(32 << 20);
+            dispatcher().begin(call.args(&["name", name, "forever"]))
         })
         .collect();
     let count = || names.iter().filter(|name| !host::named(name).is_empty()).count();

@@ -24,7 +24,9 @@ use nix::{
 };
 use tonic::transport::Channel;
 
-use super::{Call, Reply, client, host, host::Process, patience, rootless, wait_for, wait_until};
+use super::{
+    Call, Reply, client, host, host::Process, patience, rootless, token, wait_for, wait_until,
+};
 
 /// The binary under test.
 pub fn binary() -> PathBuf {
@@ -42,6 +44,37 @@ pub fn command() -> Command {
         }
     }
     command
+}
+
+/// The binary under test where nobody else is: `run` and `doctor` divide the
+/// cgroup they are started in, as `systemd-run --user --scope -p Delegate=yes`
+/// gives one to an ordinary user. It is removed when the second is dropped.
+pub fn alone() -> (Command, OwnCgroup) {
+    let parent = env::var("DISPATCHER_TEST_CGROUP_PARENT").ok().filter(|_| rootless());
+    let Some(parent) = parent else { return (command(), OwnCgroup(None)) };
+    let own = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/')).join(token());
+    fs::create_dir(&own).unwrap();
+    let plain = command();
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo 0 >\"$0\" && exec \"$@\""]).arg(own.join("cgroup.procs"));
+    command.arg(plain.get_program()).env_clear().stdin(Stdio::null());
+    command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    (command, OwnCgroup(Some(own)))
+}
+
+/// See [`alone`].
+pub struct OwnCgroup(Option<PathBuf>);
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let Some(own) = &self.0 else { return };
+        // What was started in it can't remove what it was in itself.
+        for child in fs::read_dir(own).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(child.path());
+        }
+        let removed = fs::remove_dir(own);
+        assert!(removed.is_ok() || thread::panicking(), "{own:?} is left over: {removed:?}");
+    }
 }
 
 /// What every test policy begins with: plain argv and raw output, so that a

@@ -196,7 +196,7 @@ int main(int argc, char **argv)
 	else if (is(way, "tmpfs"))
 		fill_file("tmpfs", open(argv[3] ? argv[3] : "/tmp/.hog", O_CREAT | O_WRONLY | O_TRUNC, 0600), number(text));
 	else if (is(way, "memfd"))
-		fill_file("memfd", memfd_create("hog", 0), number(text));
+		fill_file("memfd", memfd_create("hog", MFD_NOEXEC_SEAL), number(text));
 	else if (is(way, "child-memory"))
 		child_memory(number(text));
 	else if (is(way, "child-memory-then-exit")) {
