@@ -9,6 +9,7 @@ mod demand;
 mod mend;
 mod probes;
 mod program;
+pub use program::EXITS_WITH_0;
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ mod common;
 
 use std::{
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::OnceLock,
@@ -252,7 +252,28 @@ fn call_finds_the_server_by_variable_and_says_when_there_is_none() {
     nobody.args(["call", "--address", "127.0.0.1:1", "--namespace", "jail", "--binary"]);
     let output = finish(nobody.arg(programs::path("act")).arg("test/main"));
     assert_eq!(output.status.code(), Some(69), "{output:?}");
-    assert!(text(&output.stderr).contains("127.0.0.1:1"), "{output:?}");
+    let complaint = text(&output.stderr);
+    assert!(complaint.starts_with("dispatcher: FAILED unreachable: "), "{complaint}");
+    assert!(complaint.contains("127.0.0.1:1"), "{complaint}");
+}
+
+#[test]
+fn call_says_when_the_connection_breaks() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    // Takes the call's first bytes, and goes.
+    let server = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        socket.read_exact(&mut [0; 64]).unwrap();
+    });
+    let mut broken = command();
+    broken.args(["call", "--address", &address, "--namespace", "jail", "--binary"]);
+    let output = finish(broken.arg(programs::path("act")).arg("test/main"));
+    server.join().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let complaint = text(&output.stderr);
+    assert!(complaint.starts_with("dispatcher: FAILED connection_lost: "), "{complaint}");
+    assert_eq!(complaint.lines().count(), 1, "{complaint}");
 }
 
 #[test]
@@ -431,7 +452,10 @@ fn version_and_doctor_speak_json() {
     }
     // The tests' own policies can be enforced here, or none of them would pass.
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let policy = &findings["policies"]["policies"][0];
+    assert_eq!((&policy["ok"], &policy["tried"]), (&true.into(), &true.into()), "{policy}");
     let (mut command, _cgroup) = alone();
     let readable = finish(command.args(["doctor", "--policies"]).arg(policies.parent().unwrap()));
     assert!(text(&readable.stdout).contains("cgroup"), "{readable:?}");
+    assert!(text(&readable.stdout).contains("demo, mode jail: a program ran under it"));
 }

@@ -5,6 +5,7 @@ pub mod config;
 pub mod doctor;
 pub mod exit;
 pub mod json;
+mod launched;
 pub mod limits;
 pub mod policy;
 pub mod run;

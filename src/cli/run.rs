@@ -9,15 +9,13 @@ use std::{
 
 use clap::Args;
 use prost_types::Any;
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 
 use super::{
     call::read_input,
     exit::{self, BAD_CONFIGURATION, USAGE},
     json,
+    launched::{Signals, with_launcher},
     limits::LimitArgs,
 };
 use crate::{
@@ -25,10 +23,9 @@ use crate::{
     config::{self, ConfigOverrides, LoadedConfig, Surroundings},
     dispatch::{Context, Dispatcher},
     execute::{Chunk, OutputSink, launcher::Launcher, stop::StopHandle, stop::StopSignal},
-    jail::message::LauncherConfig,
-    monitor,
     names::RunId,
     policy::{
+        PolicySet,
         compile::{self, Loaded},
         fault::Fault,
         store::PolicyStore,
@@ -97,7 +94,9 @@ pub fn run(args: &RunArgs) -> ExitCode {
     match prepare_and_run(args) {
         Ok((response, unfinished)) => show(args, &response, unfinished),
         Err(RunError::Usage(what)) => exit::fail(USAGE, what),
-        Err(RunError::Failed(what)) => exit::fail(exit::REFUSED, what),
+        Err(RunError::Failed(what)) => {
+            exit::fail(exit::REFUSED, format_args!("FAILED internal: {what}"))
+        }
         Err(RunError::Configuration(faults)) => {
             for fault in faults {
                 eprintln!("{fault}");
@@ -115,39 +114,11 @@ fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
         .map_err(RunError::Configuration)?;
     let (loaded, namespace) = policies(args, &settings)?;
     let request = request(args, namespace)?;
-    let failed = |what: &str, error: io::Error| RunError::Failed(format!("{what}: {error}"));
-    // On this thread alone: the launcher can only be forked while there is no other.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| failed("no runtime", error))?;
-    // From here on a signal is no reason to leave the launcher's cgroups behind.
-    let signals = {
-        let _entered = runtime.enter();
-        Signals::listen().map_err(|error| failed("signals", error))?
-    };
-    let mut launcher = monitor::spawn_launcher(launcher_config(&settings), &loaded.templates)
-        .map_err(|error| failed("the launcher can't be started", error))?;
-    let response = runtime.block_on(async {
-        let client = Launcher::new();
-        let socket = launcher.take_server_socket();
-        let attached = socket.map_or(Ok(()), |socket| client.attach(socket));
-        attached.map_err(|error| failed("the launcher's socket", error))?;
-        execute(args, loaded, request, client, signals).await
-    });
-    // Its runs and their cgroups go with it.
-    if let Err(error) = launcher.end() {
-        eprintln!("warning: {error}");
-    }
-    response
-}
-
-fn launcher_config(settings: &LoadedConfig) -> LauncherConfig {
-    LauncherConfig {
-        instance: monitor::instance(),
-        cgroup_parent: settings.config.cgroup_parent.clone(),
-        uid_range: settings.config.uid_range,
-    }
+    let Loaded { set, templates, .. } = loaded;
+    with_launcher(&settings, &templates, async |launcher, signals| {
+        execute(args, set, request, launcher, signals).await
+    })
+    .map_err(RunError::Failed)?
 }
 
 /// The policies, and the namespace that the run is of.
@@ -195,15 +166,14 @@ fn request(args: &RunArgs, namespace: String) -> Result<ServeRequest, RunError> 
 
 async fn execute(
     args: &RunArgs,
-    loaded: Loaded,
+    policies: PolicySet,
     request: ServeRequest,
     launcher: Launcher,
     signals: Signals,
 ) -> Result<(ServeResponse, bool), RunError> {
     // One call: nothing to share, so nothing to ration.
     let admission = Admission::new(Capacity { runs: None, memory: u64::MAX });
-    let dispatcher =
-        Dispatcher::new(Arc::new(PolicyStore::new(loaded.set)), admission, launcher, 0);
+    let dispatcher = Dispatcher::new(Arc::new(PolicyStore::new(policies)), admission, launcher, 0);
     let stop = StopHandle::new();
     let (sink, printer) = if args.json { (None, None) } else { live_output() };
     let context = Context {
@@ -250,26 +220,8 @@ fn live_output() -> (Option<OutputSink>, Option<Printer>) {
     (Some(sink), Some(printer))
 }
 
-/// What ends a run before its time.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn listen() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-}
-
 async fn cancel_on_signal(mut signals: Signals, stop: StopHandle) {
-    tokio::select! {
-        _ = signals.interrupt.recv() => {}
-        _ = signals.terminate.recv() => {}
-    }
+    signals.any().await;
     stop.stop();
     // Dropping the handle would say the same again.
     std::future::pending::<()>().await;

@@ -1,7 +1,7 @@
 //! The smallest program there can be, for trying whether programs can be started.
 
 /// An ELF executable that exits with 0: a header, one segment, three instructions.
-pub(super) const EXITS_WITH_0: [u8; CODE + 12] = assemble();
+pub const EXITS_WITH_0: [u8; CODE + 12] = assemble();
 
 /// Where the code is: behind the two headers.
 const CODE: usize = 64 + 56;

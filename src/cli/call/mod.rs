@@ -17,7 +17,6 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use prost_types::Any;
-use tonic::Code;
 
 use super::{
     exit::{self, UNREACHABLE, USAGE},
@@ -99,7 +98,10 @@ pub struct CallArgs {
 enum CallError {
     Usage(String),
     Unreachable(String),
-    Refused(tonic::Status),
+    /// The connection broke when the call was on its way.
+    Lost(String),
+    /// A gRPC error: not an answer about the execution, but none at all.
+    Rejected(tonic::Status),
 }
 
 /// Runs the command.
@@ -107,17 +109,23 @@ enum CallError {
 pub fn run(args: CallArgs) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return exit::fail(exit::REFUSED, format_args!("no runtime: {error}")),
+        Err(error) => {
+            return exit::fail(exit::REFUSED, format_args!("FAILED internal: no runtime: {error}"));
+        }
     };
     match runtime.block_on(call(&args)) {
         Ok(Some(response)) => show(&args, &response),
         Ok(None) => ExitCode::SUCCESS,
         Err(CallError::Usage(what)) => exit::fail(USAGE, what),
-        Err(CallError::Unreachable(what)) => exit::fail(UNREACHABLE, what),
-        // Not an answer about the execution, but none at all: draining, for one.
-        Err(CallError::Refused(status)) => exit::fail(
+        Err(CallError::Unreachable(what)) => {
+            exit::fail(UNREACHABLE, format_args!("FAILED unreachable: {what}"))
+        }
+        Err(CallError::Lost(what)) => {
+            exit::fail(exit::REFUSED, format_args!("FAILED connection_lost: {what}"))
+        }
+        Err(CallError::Rejected(status)) => exit::fail(
             exit::REFUSED,
-            format_args!("FAILED {}: {}", reason(status.code()), status.message()),
+            format_args!("FAILED {}: {}", reason(&status), status.message()),
         ),
     }
 }
@@ -169,15 +177,32 @@ async fn send(
         Ok(response) => Ok(response.into_inner()),
         // From this side, not the server's: the connection broke.
         Err(status) if std::error::Error::source(&status).is_some() => {
-            Err(CallError::Unreachable(format!("{}: {}", args.address, status.message())))
+            let (address, cause) = (&args.address, root_cause(&status));
+            Err(CallError::Lost(format!(
+                "the connection to {address} broke ({cause}); whether the program ran isn't known"
+            )))
         }
-        Err(status) => Err(CallError::Refused(status)),
+        Err(status) => Err(CallError::Rejected(status)),
     }
 }
 
-/// gRPC's own name of a code, as `details.reason` would say it.
-fn reason(code: Code) -> String {
-    let name = format!("{code:?}");
+/// What is behind an error in the end, in words.
+fn root_cause(status: &tonic::Status) -> String {
+    let mut cause: &dyn std::error::Error = status;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+/// Why a call was rejected: the server's word in a trailer, else gRPC's own name
+/// of the code, as `details.reason` would say it.
+fn reason(status: &tonic::Status) -> String {
+    let told = status.metadata().get("dispatcher-reason").and_then(|told| told.to_str().ok());
+    if let Some(told) = told.filter(|told| !told.is_empty() && *told != "rpc_error") {
+        return told.to_owned();
+    }
+    let name = format!("{:?}", status.code());
     let mut words = String::new();
     for (at, character) in name.char_indices() {
         if at > 0 && character.is_uppercase() {
@@ -286,6 +311,7 @@ fn output_bytes(output: Option<&Any>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use tonic::Code;
 
     use super::*;
 
@@ -361,8 +387,12 @@ mod tests {
 
     #[test]
     fn codes_have_their_names() {
-        assert_eq!(reason(Code::Unavailable), "unavailable");
-        assert_eq!(reason(Code::ResourceExhausted), "resource_exhausted");
+        let status = |code| tonic::Status::new(code, "");
+        assert_eq!(reason(&status(Code::Unavailable)), "unavailable");
+        assert_eq!(reason(&status(Code::ResourceExhausted)), "resource_exhausted");
+        let mut told = status(Code::Unavailable);
+        told.metadata_mut().insert("dispatcher-reason", "draining".parse().unwrap());
+        assert_eq!(reason(&told), "draining");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `dispatcher doctor`: what this host can and can't enforce, and how to mend it.
 
+mod trial;
+
 use std::{
     io::{self, Write},
     path::{Path, PathBuf},
@@ -13,13 +15,14 @@ use super::exit;
 use crate::{
     config::{self, ConfigOverrides, LoadedConfig, Surroundings},
     host::{Demand, Finding, Host, Settings, Shortfall, Subject},
-    jail::plan::Mode,
+    jail::plan::{Mode, TemplateId},
     policy::{
         Policy, PolicySet,
-        compile::{host_user, load},
+        compile::{self, Loaded, host_user, load},
         fault::Fault,
     },
 };
+use trial::Subject as Tried;
 
 /// A policy can't be enforced here, or is wrong.
 const WRONG: u8 = 1;
@@ -47,11 +50,11 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
         insecure: Some(true),
         ..ConfigOverrides::default()
     };
-    let LoadedConfig { config, .. } =
-        match config::load(args.config.as_deref(), &overrides, &Surroundings::current()) {
-            Ok(loaded) => loaded,
-            Err(faults) => return bad_configuration(&faults),
-        };
+    let loaded = match config::load(args.config.as_deref(), &overrides, &Surroundings::current()) {
+        Ok(loaded) => loaded,
+        Err(faults) => return bad_configuration(&faults),
+    };
+    let config = &loaded.config;
     let settings =
         Settings { cgroup_parent: config.cgroup_parent.clone(), uid_range: config.uid_range };
     let host = match Host::examine(&settings) {
@@ -62,12 +65,13 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     };
     // A directory that nobody named may be missing: that is no illness of the host's.
     let named = args.policies.is_some();
-    let diagnosis = Diagnosis {
+    let mut diagnosis = Diagnosis {
         as_root: host.is_root(),
         findings: host.findings().to_vec(),
         policies: Policies::examine(&host, &config.policies, named),
     };
     let closed = host.close();
+    let tried = diagnosis.policies.try_out(&loaded);
     let mut stdout = io::stdout().lock();
     let told = match args.json {
         true => writeln!(stdout, "{:#}", diagnosis.json()),
@@ -76,6 +80,9 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     let told = told.and_then(|()| stdout.flush());
     if let Err(error) = closed {
         return exit::fail(WRONG, error);
+    }
+    if let Err(error) = tried {
+        return exit::fail(WRONG, format_args!("no jail could be tried: {error}"));
     }
     match (told, diagnosis.policies.all_well()) {
         (Ok(()), true) => ExitCode::SUCCESS,
@@ -102,8 +109,11 @@ struct Policies {
     directory: PathBuf,
     /// Why they can't be read.
     faults: Vec<Fault>,
-    /// Whether there is no such directory, and nobody asked for it.
+    /// Whether there is no such directory, and nobody asked for it: then the
+    /// built-in policy is looked at.
     absent: bool,
+    /// What they say, if it can be read.
+    loaded: Option<Loaded>,
     verdicts: Vec<Verdict>,
 }
 
@@ -112,8 +122,17 @@ struct Verdict {
     policy: String,
     /// The override's glob.
     rule: Option<String>,
+    template: TemplateId,
     mode: Mode,
     shortfalls: Vec<Shortfall>,
+    /// A program was run under it, and what went wrong.
+    tried: Option<Result<(), String>>,
+}
+
+impl Verdict {
+    fn is_well(&self) -> bool {
+        self.shortfalls.is_empty() && !matches!(self.tried, Some(Err(_)))
+    }
 }
 
 impl Policies {
@@ -122,20 +141,42 @@ impl Policies {
             directory: directory.to_owned(),
             faults: Vec::new(),
             absent: !named && !directory.exists(),
+            loaded: None,
             verdicts: Vec::new(),
         };
-        if policies.absent {
-            return policies;
-        }
-        match load(directory, &host_user) {
-            Ok(loaded) => policies.verdicts = verdicts(host, &loaded.set),
+        let loaded = match policies.absent {
+            true => compile::built_in(&host_user),
+            false => load(directory, &host_user),
+        };
+        match loaded {
+            Ok(loaded) => {
+                policies.verdicts = verdicts(host, &loaded.set);
+                policies.loaded = Some(loaded);
+            }
             Err(faults) => policies.faults = faults,
         }
         policies
     }
 
+    /// Makes a jail by each policy that lacks nothing, and runs a program in it.
+    fn try_out(&mut self, settings: &LoadedConfig) -> Result<(), String> {
+        let Some(loaded) = &self.loaded else { return Ok(()) };
+        let mut hopeful: Vec<_> = self
+            .verdicts
+            .iter_mut()
+            .filter(|one| one.shortfalls.is_empty() && one.mode != Mode::Container)
+            .collect();
+        let subjects: Vec<Tried> =
+            hopeful.iter().map(|one| (one.template.clone(), one.mode)).collect();
+        let results = trial::run(settings, loaded, &subjects)?;
+        for (verdict, result) in hopeful.iter_mut().zip(results) {
+            verdict.tried = Some(result);
+        }
+        Ok(())
+    }
+
     fn all_well(&self) -> bool {
-        self.faults.is_empty() && self.verdicts.iter().all(|one| one.shortfalls.is_empty())
+        self.faults.is_empty() && self.verdicts.iter().all(Verdict::is_well)
     }
 }
 
@@ -146,8 +187,10 @@ fn verdicts(host: &Host, set: &PolicySet) -> Vec<Verdict> {
             verdicts.extend(Demand::of(policy).map(|demand| Verdict {
                 policy: name.clone(),
                 rule: rule.cloned(),
+                template: policy.id.clone(),
                 mode: demand.mode,
                 shortfalls: host.shortfalls(&demand),
+                tried: None,
             }));
         };
         examine(None, &family.base);
@@ -195,10 +238,10 @@ impl Diagnosis {
 impl Policies {
     fn print(&self, told: &[Finding], out: &mut dyn Write) -> io::Result<()> {
         let directory = self.directory.display();
-        if self.absent {
-            return writeln!(out, "\nNo policies: {directory} is not there (see --policies)");
+        match self.absent {
+            true => writeln!(out, "\n{directory} is not there; the built-in policy:")?,
+            false => writeln!(out, "\nPolicies in {directory}:")?,
         }
-        writeln!(out, "\nPolicies in {directory}:")?;
         for fault in &self.faults {
             writeln!(out, "  WRONG    {fault}")?;
         }
@@ -210,7 +253,11 @@ impl Policies {
                 continue;
             }
             if verdict.shortfalls.is_empty() {
-                writeln!(out, "  ok       {name}")?;
+                match &verdict.tried {
+                    Some(Ok(())) => writeln!(out, "  ok       {name}: a program ran under it")?,
+                    Some(Err(why)) => writeln!(out, "  FAILS    {name}: {why}")?,
+                    None => writeln!(out, "  untried  {name}")?,
+                }
                 continue;
             }
             writeln!(out, "  REFUSED  {name}: calls are refused as control_unavailable")?;
@@ -265,7 +312,9 @@ fn verdict_json(verdict: &Verdict) -> Value {
         "policy": verdict.policy,
         "service": verdict.rule,
         "mode": verdict.mode.to_string(),
-        "ok": verdict.shortfalls.is_empty(),
+        "ok": verdict.is_well(),
+        "tried": verdict.tried.is_some(),
+        "why": verdict.tried.as_ref().and_then(|tried| tried.as_ref().err()),
         "lacks": lacks,
     })
 }
@@ -287,11 +336,13 @@ mod tests {
             why: why.to_owned(),
             mend: "do this".to_owned(),
         };
-        let verdict = |policy: &str, mode, shortfalls| Verdict {
+        let verdict = |policy: &str, shortfalls, tried| Verdict {
             policy: policy.to_owned(),
             rule: None,
-            mode,
+            template: TemplateId { policy: policy.to_owned(), variant: 0 },
+            mode: Mode::Jail,
             shortfalls,
+            tried,
         };
         Diagnosis {
             as_root: false,
@@ -303,16 +354,18 @@ mod tests {
                 directory: PathBuf::from("/policies"),
                 faults: Vec::new(),
                 absent: false,
+                loaded: None,
                 verdicts: vec![
-                    verdict("good", Mode::Jail, Vec::new()),
+                    verdict("good", Vec::new(), Some(Ok(()))),
                     verdict(
                         "bad",
-                        Mode::Jail,
                         vec![
                             shortfall(Control::CgroupCpu, "it isn't delegated"),
                             shortfall(Control::Rlimits, "too many"),
                         ],
+                        None,
                     ),
+                    verdict("odd", Vec::new(), Some(Err("it did not".to_owned()))),
                 ],
             },
         }
@@ -331,11 +384,12 @@ mod tests {
            mend: delegate it
 
 Policies in /policies:
-  ok       good, mode jail
+  ok       good, mode jail: a program ran under it
   REFUSED  bad, mode jail: calls are refused as control_unavailable
            lacking, see above: cgroup.cpu
            rlimits: too many
            mend: do this
+  FAILS    odd, mode jail: it did not
 "
         );
     }
@@ -352,6 +406,11 @@ Policies in /policies:
         let policies = &json["policies"]["policies"];
         assert_eq!(policies[0]["ok"], true);
         assert_eq!(policies[1]["lacks"][1]["control"], "rlimits");
+        assert_eq!((&policies[0]["tried"], &policies[1]["tried"]), (&json!(true), &json!(false)));
+        assert_eq!(
+            (&policies[2]["ok"], &policies[2]["why"]),
+            (&json!(false), &json!("it did not"))
+        );
         assert!(!diagnosis.policies.all_well());
     }
 }
