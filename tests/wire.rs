@@ -414,6 +414,46 @@ fn idle_connections_keep_nobody_out() {
     dispatcher.stop();
 }
 
+/// A reply takes up memory until its client has taken it: that counts.
+#[test]
+fn an_answer_counts_until_it_is_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("health");
+    let dispatcher = Settings::new([("jail", plain(""))])
+        .server(&format!("health_listen = \"unix:{}\"\n", socket.display()))
+        .start();
+    let held = || {
+        let page = http_get(&socket, "/metrics");
+        let line = page.lines().find_map(|line| line.strip_prefix("dispatcher_inflight_bytes "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let call = Call::new("jail", "hog").args(&["stdout", "1m"]).request;
+    let message = framed(0, call.encoded_len() as u32, &call.encode_to_vec());
+    let stream = client::runtime().block_on(async {
+        let stream = tokio::net::TcpStream::connect(dispatcher.address()).await.unwrap();
+        // The least window there is: nothing of the answer fits.
+        let (client, connection) = h2::client::Builder::new()
+            .initial_window_size(0)
+            .handshake::<_, Bytes>(stream)
+            .await
+            .unwrap();
+        tokio::spawn(connection);
+        let mut client = client.ready().await.unwrap();
+        let request = http::Request::post(format!("http://{}{SERVE}", dispatcher.address()))
+            .header(GRPC.0, GRPC.1)
+            .body(())
+            .unwrap();
+        let (response, mut send) = client.send_request(request, false).unwrap();
+        send.send_data(message.into(), true).unwrap();
+        (client, response.await.unwrap(), send)
+    });
+    assert_eq!(stream.1.status(), 200);
+    wait_until("the answer is held", patience(Duration::from_secs(5)), || held() > 1 << 20);
+    drop(stream);
+    wait_until("it is given back", patience(Duration::from_secs(5)), || held() == 0);
+    dispatcher.stop();
+}
+
 /// Asks for a path by HTTP/1.1, as Prometheus does.
 fn http_get(socket: &std::path::Path, path: &str) -> String {
     let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();

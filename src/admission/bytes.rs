@@ -1,14 +1,16 @@
-//! Request bytes held at once, over all connections.
+//! Bytes of requests and replies held at once, over all connections.
 //!
-//! Nobody waits here: what does not fit is refused at once, so that two halves
-//! of messages can never block each other.
+//! Nobody waits here: a request that does not fit is refused at once, so that two
+//! halves of messages can never block each other. A reply is there already and is
+//! counted whether it fits or not: then it is requests that find no room, until
+//! the clients have taken their replies.
 
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
 
-/// The bound on request bytes.
+/// The bound on the bytes held.
 #[derive(Clone, Debug)]
 pub struct ByteBudget {
     limit: u64,
@@ -26,6 +28,13 @@ impl ByteBudget {
     #[must_use]
     pub fn reserve(&self) -> Reservation {
         Reservation { budget: self.clone(), bytes: 0 }
+    }
+
+    /// Counts bytes that are there already.
+    #[must_use]
+    pub fn hold(&self, bytes: u64) -> Reservation {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        Reservation { budget: self.clone(), bytes }
     }
 
     /// Bytes reserved now.
@@ -94,6 +103,11 @@ mod tests {
         drop(one);
         assert!(two.grow(6));
         drop(two);
+        assert_eq!(budget.used(), 0);
+
+        let reply = budget.hold(25);
+        assert!(!budget.reserve().grow(1), "no room beside it");
+        drop(reply);
         assert_eq!(budget.used(), 0);
     }
 }

@@ -4,6 +4,9 @@
 //! under way: else whoever opens enough connections and then says nothing would
 //! keep everybody else out. The one that has been quiet for longest goes, and
 //! among several peers one of whoever holds the most.
+//!
+//! Who doesn't take the answer to a call loses the connection as well: the answer
+//! takes up memory until it is sent.
 
 use std::{
     collections::HashMap,
@@ -19,6 +22,13 @@ use tokio::{sync::oneshot, time::Instant};
 
 /// How long a connection keeps its place without a call: time enough to send one.
 const QUIET_MIN: Duration = Duration::from_secs(1);
+
+/// How long an answer may take to be sent, and how much more for each byte of it.
+const ANSWER_TIME: Duration = Duration::from_secs(30);
+const ANSWER_RATE: u64 = 16 << 10;
+
+/// How often answers that were not taken are looked for.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +79,7 @@ struct Shared {
     table: Mutex<Table>,
     displaced: AtomicU64,
     refused: AtomicU64,
+    stalled: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -93,6 +104,8 @@ pub struct Counts {
     pub displaced: u64,
     /// Closed at once for want of room.
     pub refused: u64,
+    /// Closed because an answer was not taken.
+    pub stalled: u64,
 }
 
 impl Connections {
@@ -104,6 +117,7 @@ impl Connections {
             table: Mutex::default(),
             displaced: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            stalled: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -135,7 +149,18 @@ impl Connections {
             open: self.table().entries.len(),
             displaced: self.shared.displaced.load(Ordering::Relaxed),
             refused: self.shared.refused.load(Ordering::Relaxed),
+            stalled: self.shared.stalled.load(Ordering::Relaxed),
         }
+    }
+
+    /// Closes those on which an answer has not been taken in its time.
+    pub fn close_stalled(&self) {
+        let now = Instant::now();
+        let mut table = self.table();
+        let before = table.entries.len();
+        table.entries.retain(|_, entry| !entry.caller.is_stalled(now));
+        let closed = (before - table.entries.len()) as u64;
+        self.shared.stalled.fetch_add(closed, Ordering::Relaxed);
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -187,11 +212,14 @@ struct Activity {
     calls: usize,
     /// When it last began or ended a call.
     since: Instant,
+    /// By when the answers that are being sent must have been.
+    answers: HashMap<u64, Instant>,
+    next: u64,
 }
 
 impl Activity {
     fn new() -> Self {
-        Self { calls: 0, since: Instant::now() }
+        Self { calls: 0, since: Instant::now(), answers: HashMap::new(), next: 0 }
     }
 }
 
@@ -202,7 +230,12 @@ impl Caller {
         let mut activity = self.activity();
         activity.calls += 1;
         activity.since = Instant::now();
-        UnderWay(self.clone())
+        activity.next += 1;
+        UnderWay { caller: self.clone(), id: activity.next }
+    }
+
+    fn is_stalled(&self, now: Instant) -> bool {
+        self.activity().answers.values().any(|due| *due < now)
     }
 
     /// For how long nothing has been under way.
@@ -218,12 +251,24 @@ impl Caller {
 
 /// Held while a call is under way.
 #[derive(Debug)]
-pub struct UnderWay(Caller);
+pub struct UnderWay {
+    caller: Caller,
+    id: u64,
+}
+
+impl UnderWay {
+    /// So many more bytes of its answer are on their way: from now on its time runs.
+    pub fn answering(&self, bytes: usize) {
+        let time = ANSWER_TIME + Duration::from_secs(bytes as u64 / ANSWER_RATE);
+        self.caller.activity().answers.insert(self.id, Instant::now() + time);
+    }
+}
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        let mut activity = self.0.activity();
+        let mut activity = self.caller.activity();
         activity.calls -= 1;
+        activity.answers.remove(&self.id);
         activity.since = Instant::now();
     }
 }
@@ -252,7 +297,7 @@ mod tests {
         let third = connections.admit(host(1)).unwrap();
         assert!(is_closed(&mut first) && !is_closed(&mut second));
         assert!(connections.admit(host(1)).is_none(), "both are fresh");
-        assert_eq!(connections.counts(), Counts { open: 2, displaced: 1, refused: 1 });
+        assert_eq!(connections.counts(), Counts { open: 2, displaced: 1, refused: 1, stalled: 0 });
         // Its place is another's now: leaving must not take that one's.
         drop(first);
         assert_eq!(connections.counts().open, 2);
@@ -277,6 +322,29 @@ mod tests {
         advance(LATER).await;
         let _last = connections.admit(host(3)).unwrap();
         assert!(is_closed(&mut busy) ^ is_closed(&mut next));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_take_an_answer_is_closed() {
+        let connections = Connections::new(2);
+        let mut slow = connections.admit(host(1)).unwrap();
+        let mut fine = connections.admit(host(1)).unwrap();
+        let (call, taken) = (slow.caller.begin(), fine.caller.begin());
+        // However long the call itself takes.
+        advance(ANSWER_TIME * 10).await;
+        call.answering(0);
+        taken.answering(0);
+        advance(ANSWER_TIME / 2).await;
+        // Two minutes' worth of bytes.
+        call.answering(120 * ANSWER_RATE as usize);
+        drop(taken);
+        advance(ANSWER_TIME * 4).await;
+        connections.close_stalled();
+        assert!(!is_closed(&mut slow), "it has more time for more bytes");
+        advance(ANSWER_TIME * 2).await;
+        connections.close_stalled();
+        assert!(is_closed(&mut slow) && !is_closed(&mut fine));
+        assert_eq!(connections.counts().stalled, 1);
     }
 
     #[tokio::test(start_paused = true)]

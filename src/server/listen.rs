@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-use super::connections::{Caller, Connections, Peer, Place};
+use super::connections::{Caller, Connections, Peer, Place, SWEEP_INTERVAL};
 use crate::config::ListenAddress;
 
 /// How long a new connection may take to send HTTP/2's preface. From there on
@@ -91,6 +91,7 @@ impl Incoming {
         for listener in listeners {
             accepting.spawn(accept(listener, connections.clone(), sender.clone()));
         }
+        accepting.spawn(sweep(connections.clone()));
         Self { stream: ReceiverStream::new(receiver), _accepting: accepting }
     }
 }
@@ -100,6 +101,13 @@ impl tokio_stream::Stream for Incoming {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Pin::new(&mut self.stream).poll_next(context)
+    }
+}
+
+async fn sweep(connections: Connections) {
+    loop {
+        sleep(SWEEP_INTERVAL).await;
+        connections.close_stalled();
     }
 }
 

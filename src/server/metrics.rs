@@ -139,8 +139,8 @@ impl Collector for Gauges {
             ("quarantined", "Ended runs that can't be removed yet", None, self.quarantined()),
             ("artifacts", "Executables held", None, artifacts.count as u64),
             ("artifacts_size", "Memory that they take", BYTES, artifacts.bytes),
-            ("inflight", "Request bytes held", BYTES, self.bytes.used()),
-            ("inflight_max", "Most request bytes held at once", BYTES, self.bytes.limit()),
+            ("inflight", "Bytes of requests and replies held", BYTES, self.bytes.used()),
+            ("inflight_max", "Beyond this no request is taken in", BYTES, self.bytes.limit()),
             ("connections", "Connections open", None, connections.open as u64),
             ("calls_inside", "Calls taken in and not yet answered", None, self.inside()),
             ("draining", "1 while no new calls are taken", None, self.gate.is_closed().into()),
@@ -152,6 +152,7 @@ impl Collector for Gauges {
             gauge.encode(metric)?;
         }
         let counters = [
+            ("connections_stalled", "Ones closed for an answer not taken", connections.stalled),
             ("connections_displaced", "Quiet ones closed for others", connections.displaced),
             ("connections_refused", "Ones closed at once for want of room", connections.refused),
         ];

@@ -138,8 +138,13 @@ pub async fn run(
         gate: gate.clone(),
     });
     let stop_all = Arc::new(StopHandle::new());
-    let id = config.id.clone();
-    let handler = Handler::new(dispatcher, metrics.clone(), id, Arc::clone(&stop_all));
+    let handler = Handler::new(
+        dispatcher,
+        metrics.clone(),
+        bytes.clone(),
+        config.id.clone(),
+        Arc::clone(&stop_all),
+    );
     let health = Health::new().await;
     let routes = routes(handler, &health)?;
 

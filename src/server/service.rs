@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message as _;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
@@ -12,10 +13,12 @@ use super::{
     layers::{
         gate::Ticket,
         receive::{Arrival, Received},
+        under_way::AnswerMemory,
     },
     metrics::Metrics,
 };
 use crate::{
+    admission::bytes::ByteBudget,
     audit::{self, Record},
     dispatch::{Context, Dispatcher, Reply},
     execute::{
@@ -34,22 +37,24 @@ const NAME_MAX: usize = 512;
 pub struct Handler {
     dispatcher: Arc<Dispatcher>,
     metrics: Metrics,
+    bytes: ByteBudget,
     executor_id: String,
     /// Stops all calls at the end of the drain.
     stop_all: Arc<StopHandle>,
 }
 
 impl Handler {
-    /// A handler that passes calls to `dispatcher`, counts them in `metrics`, and
-    /// stops them all by `stop_all`.
+    /// A handler that passes calls to `dispatcher`, counts them in `metrics` and
+    /// their answers in `bytes`, and stops them all by `stop_all`.
     #[must_use]
     pub fn new(
         dispatcher: Arc<Dispatcher>,
         metrics: Metrics,
+        bytes: ByteBudget,
         executor_id: String,
         stop_all: Arc<StopHandle>,
     ) -> Self {
-        Self { dispatcher, metrics, executor_id, stop_all }
+        Self { dispatcher, metrics, bytes, executor_id, stop_all }
     }
 }
 
@@ -86,7 +91,10 @@ impl CollectiveDispatcher for Handler {
             tracing::error!(%run, %panic, "a call's task failed");
             self.failed(run)
         });
-        Ok(respond(message, &summary, Some(run)))
+        let memory = self.bytes.hold(message.encoded_len() as u64);
+        let mut response = respond(message, &summary, Some(run));
+        response.extensions_mut().insert(AnswerMemory::new(memory));
+        Ok(response)
     }
 
     async fn connect(

@@ -232,10 +232,11 @@ impl Prepared {
         let dispatcher = Dispatcher {
             monitor: Process::read(child.id() as i32).expect("the monitor runs"),
             state: Mutex::new(State {
+                // Known beforehand: without root one can't see what the launcher holds.
+                cgroups: BTreeSet::from([format!("dispatcher.{}", child.id())]),
                 child,
                 ended: None,
                 seen: HashSet::new(),
-                cgroups: BTreeSet::new(),
             }),
             addresses,
             directory: base.to_owned(),

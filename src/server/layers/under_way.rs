@@ -1,9 +1,11 @@
-//! Tells a connection which calls it has under way: such a one keeps its place.
+//! Tells a connection which calls it has under way: such a one keeps its place,
+//! for as long as it takes the answers.
 
 use std::{
     convert::Infallible,
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
@@ -11,7 +13,10 @@ use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
 use super::{Answer, is_ours};
-use crate::server::connections::{Caller, UnderWay};
+use crate::{
+    admission::bytes::Reservation,
+    server::connections::{Caller, UnderWay},
+};
 
 /// Counts calls of the dispatcher's own methods, from their headers to the last
 /// byte of the answer. Others don't count: a health watch lasts for ever.
@@ -50,16 +55,32 @@ where
         let under_way = caller.filter(|_| is_ours(&request)).map(Caller::begin);
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let response = answer.await?;
-            Ok(response.map(|inner| Body::new(Held { inner, _under_way: under_way })))
+            let mut response = answer.await?;
+            let Some(under_way) = under_way else { return Ok(response) };
+            let memory = response.extensions_mut().remove::<AnswerMemory>();
+            under_way.answering(0);
+            Ok(response.map(|inner| Body::new(Held { inner, under_way, _memory: memory })))
         })
     }
 }
 
-/// A body that is under way until it is dropped.
+/// The memory that an answer takes up, in a response's extensions.
+#[derive(Clone, Debug)]
+pub struct AnswerMemory(#[allow(dead_code)] Arc<Reservation>);
+
+impl AnswerMemory {
+    /// Gives the memory back with the last clone.
+    #[must_use]
+    pub fn new(reservation: Reservation) -> Self {
+        Self(Arc::new(reservation))
+    }
+}
+
+/// A body that is under way until it is dropped, which is when all of it is sent.
 struct Held {
     inner: Body,
-    _under_way: Option<UnderWay>,
+    under_way: UnderWay,
+    _memory: Option<AnswerMemory>,
 }
 
 impl http_body::Body for Held {
@@ -70,7 +91,11 @@ impl http_body::Body for Held {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.inner).poll_frame(context)
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
+            self.under_way.answering(data.len());
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
