@@ -43,6 +43,7 @@ const TESTS: &[(&str, fn())] = &[
     ("announces_then_drains", announces_then_drains),
     ("each_gets_its_own_share", each_gets_its_own_share),
     ("the_dead_are_replaced_on_the_same_sockets", the_dead_are_replaced_on_the_same_sockets),
+    ("the_parted_are_joined_again", the_parted_are_joined_again),
     ("policies_are_replaced_whole_or_not_at_all", policies_are_replaced_whole_or_not_at_all),
     ("a_second_signal_does_not_wait", a_second_signal_does_not_wait),
     ("a_server_that_does_not_drain_is_ended", a_server_that_does_not_drain_is_ended),
@@ -135,6 +136,11 @@ fn fake_server() {
             ToServer::Launcher => {
                 tell("fake-serve has a launcher");
                 held.append(&mut fds);
+                if mode("FAKE_SERVER") == "parted" && held.len() == 2 {
+                    let bytes = postcard::to_stdvec(&FromServer::LauncherLost).unwrap();
+                    sys::send_packet(&socket, &bytes, &[]).unwrap();
+                    continue; // until there is another
+                }
                 if mode("FAKE_SERVER") == "waiting" {
                     continue; // as the real one does until the launcher is ready
                 }
@@ -397,6 +403,14 @@ fn the_dead_are_replaced_on_the_same_sockets() {
         }
         monitor.wait_for_all(&wanted);
     }
+    monitor.stop();
+}
+
+fn the_parted_are_joined_again() {
+    let (mut monitor, _) = Monitor::start(&[("FAKE_SERVER", "parted")]).ready();
+    // Each gets a first socket, and a second one after the complaint.
+    let (serve, launch) = ("fake-serve has a launcher", "fake-launch has a server");
+    monitor.wait_for_all(&["joining them again", serve, serve, launch, launch]);
     monitor.stop();
 }
 

@@ -25,6 +25,10 @@ use crate::{
 /// How long a call waits for a launcher that is being started again.
 pub const RESTART_WAIT: Duration = Duration::from_secs(2);
 
+/// How long the server waits for a launcher to come back by itself, before it
+/// asks the monitor to join them again.
+const RECONNECT_WAIT: Duration = Duration::from_secs(1);
+
 /// How long a call waits for the server and the launcher to have the same policies.
 const POLICY_WAIT: Duration = Duration::from_secs(1);
 
@@ -47,6 +51,8 @@ struct State {
     connection: Option<Arc<Connection>>,
     /// The newest policies that launcher holds.
     policy_set: Option<Digest>,
+    /// There has been one before.
+    was_ready: bool,
 }
 
 impl Launcher {
@@ -85,6 +91,20 @@ impl Launcher {
         let mut state = self.state.subscribe();
         // The sender lives in `self`.
         let _ = state.wait_for(|state| state.connection.is_some()).await;
+    }
+
+    /// Returns when there was a launcher and has been none for
+    /// [`RECONNECT_WAIT`], counted from now at the earliest. Cancel-safe.
+    pub async fn lost(&self) {
+        let mut state = self.state.subscribe();
+        loop {
+            // The sender lives in `self`.
+            let _ = state.wait_for(|state| state.connection.is_none() && state.was_ready).await;
+            let back = state.wait_for(|state| state.connection.is_some());
+            if tokio::time::timeout(RECONNECT_WAIT, back).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Waits a moment until the launcher's newest policies are those that
@@ -163,7 +183,7 @@ impl Launcher {
             let current =
                 state.connection.as_ref().is_some_and(|current| Arc::ptr_eq(current, connection));
             if current {
-                *state = State::default();
+                *state = State { was_ready: true, ..State::default() };
             }
             current
         });
@@ -183,6 +203,7 @@ impl Launcher {
                     self.state.send_replace(State {
                         connection: Some(Arc::clone(connection)),
                         policy_set: Some(policy_set),
+                        was_ready: true,
                     });
                 }
                 FromLauncher::Released { run } => drop(self.aside().remove(&run)),

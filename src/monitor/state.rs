@@ -38,6 +38,8 @@ pub enum Event {
     Reload,
     /// The server said so.
     Ready,
+    /// The server finds no launcher at the other end of their socket.
+    Parted,
     /// A process ended, or could not be started. `clean`: it exited with 0.
     Gone {
         /// Which.
@@ -173,6 +175,7 @@ impl State {
             Event::Stop => self.on_stop(now),
             Event::Reload => self.on_reload(),
             Event::Ready => self.on_ready(),
+            Event::Parted => self.on_parted(),
             Event::Gone { role, clean } => self.on_gone(role, clean, now),
             Event::Compiled { good } => self.on_compiled(good),
             Event::Tick => self.on_tick(now),
@@ -248,6 +251,13 @@ impl State {
         let first = !self.announced && self.phase == Phase::Running;
         self.announced |= first;
         if first { vec![Action::Announce] } else { Vec::new() }
+    }
+
+    /// Where one of them is dead, its successor is joined to the other anyway.
+    fn on_parted(&mut self) -> Vec<Action> {
+        let serving = !matches!(self.phase, Phase::Ending(_));
+        let both = self.server.alive() && self.launcher.alive();
+        if serving && both { vec![Action::Connect] } else { Vec::new() }
     }
 
     fn on_gone(&mut self, role: Role, clean: bool, now: Instant) -> Vec<Action> {

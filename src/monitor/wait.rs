@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::{
-    Monitor, SERVER, StartError,
+    LAUNCHER, Monitor, SERVER, StartError,
     compile::{Compilation, CompileError, Compiled},
     name,
     peer::Peer,
@@ -158,6 +158,10 @@ impl Monitor<'_> {
                 Ok(FromServer::Ready) => {
                     tracing::info!("{SERVER} is ready");
                     events.push_back(Event::Ready);
+                }
+                Ok(FromServer::LauncherLost) => {
+                    tracing::warn!("{SERVER} has lost {LAUNCHER}: joining them again");
+                    events.push_back(Event::Parted);
                 }
                 // It is not what we started any more, whoever it is now.
                 Err(error) => {

@@ -29,11 +29,16 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
 
 /// Renders an input as JSON of at most `limit` bytes; `None` if it doesn't fit.
 ///
-/// Canonical where the type is known and the value decodes as it, else
-/// `{"@type": URL, "@value": BASE64}`.
+/// Canonical where the type is known, the value decodes as it, and JSON has a
+/// form for it, else `{"@type": URL, "@value": BASE64}`.
 pub(super) fn render(input: &Input, limit: usize) -> Option<String> {
     if let Some(message) = decode(input) {
-        return write(&message, limit);
+        match write(&message, limit) {
+            Ok(text) => return Some(text),
+            Err(error) if error.is_io() => return None,
+            // Such as a Timestamp beyond the year 9999.
+            Err(_) => {}
+        }
     }
     // Base64 takes four bytes for three: no need to try with what can't fit.
     if input.value.len() > limit / 4 * 3 {
@@ -87,11 +92,12 @@ fn value_known(value: &Value, depth: u8) -> bool {
     }
 }
 
-fn write(message: &DynamicMessage, limit: usize) -> Option<String> {
+/// An error of the buffer's says that it doesn't fit, any other that it has no form.
+fn write(message: &DynamicMessage, limit: usize) -> Result<String, serde_json::Error> {
     let mut buffer = Bounded { bytes: Vec::new(), limit };
     let mut serializer = serde_json::Serializer::new(&mut buffer);
-    message.serialize_with_options(&mut serializer, &SerializeOptions::new()).ok()?;
-    String::from_utf8(buffer.bytes).ok()
+    message.serialize_with_options(&mut serializer, &SerializeOptions::new())?;
+    String::from_utf8(buffer.bytes).map_err(serde::ser::Error::custom)
 }
 
 /// Fails when more is written than fits.
@@ -160,6 +166,13 @@ mod tests {
             assert_eq!(json["@type"], other.type_url);
             assert_eq!(json["@value"], STANDARD.encode(&other.value));
         }
+    }
+
+    #[test]
+    fn what_json_has_no_form_for_is_base64() {
+        let late = prost_types::Timestamp { seconds: 1 << 60, nanos: 0 };
+        let late = input("google.protobuf.Timestamp", late.encode_to_vec());
+        assert_eq!(rendered(&late)["@value"], STANDARD.encode(&late.value));
     }
 
     #[test]

@@ -33,4 +33,7 @@ pub enum FromMonitor {
 pub enum FromServer {
     /// Every listener is being served and the launcher is ready.
     Ready,
+    /// For a while there has been no launcher to talk to. If one is alive, the
+    /// two need a fresh socketpair; again and again until there is one.
+    LauncherLost,
 }

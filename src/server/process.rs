@@ -134,6 +134,7 @@ async fn serve(socket: OwnedFd) -> Result<Ended, ProcessError> {
         }));
     let mut shut_down = Some(shut_down);
     let mut ready = pin!(launcher.ready());
+    let mut lost = pin!(launcher.lost());
     let mut announced = false;
     loop {
         tokio::select! {
@@ -144,6 +145,10 @@ async fn serve(socket: OwnedFd) -> Result<Ended, ProcessError> {
             () = &mut ready, if !announced => {
                 announced = true;
                 monitor.send(&FromServer::Ready).await?;
+            }
+            () = &mut lost => {
+                monitor.send(&FromServer::LauncherLost).await?;
+                lost.set(launcher.lost());
             }
             message = monitor.next() => match message? {
                 None => return Ok(Ended::MonitorGone),
@@ -359,6 +364,28 @@ mod tests {
         bench.policies(b"not policies at all");
         bench.policies(&compiled());
         bench.tell(&FromMonitor::Drain, &[]);
+        bench.tell(&FromMonitor::Drain, &[]);
+        assert_eq!(bench.served.await.unwrap().unwrap(), Ended::Drained);
+    }
+
+    #[tokio::test]
+    async fn it_asks_for_a_launcher_that_it_has_lost() {
+        let bench = Bench::start();
+        bench.configure();
+        bench.policies(&compiled());
+        let join = || {
+            let (ours, theirs) = sys::seqpacket_pair().unwrap();
+            bench.tell(&FromMonitor::Launcher, &[theirs.as_fd()]);
+            let ready = FromLauncher::Ready { policy_set: crate::names::Digest::of(b"") };
+            sys::send_packet(&ours, &postcard::to_stdvec(&ready).unwrap(), &[]).unwrap();
+            ours
+        };
+        let first = join();
+        assert_eq!(bench.hear().await, FromServer::Ready);
+        drop(first);
+        assert_eq!(bench.hear().await, FromServer::LauncherLost);
+        assert_eq!(bench.hear().await, FromServer::LauncherLost, "until there is one");
+        let _second = join();
         bench.tell(&FromMonitor::Drain, &[]);
         assert_eq!(bench.served.await.unwrap().unwrap(), Ended::Drained);
     }

@@ -85,6 +85,20 @@ fn the_dead_are_started_again_and_joined() {
 }
 
 #[test]
+fn the_parted_are_joined_while_both_are_there() {
+    let (mut state, now) = running();
+    assert_eq!(state.on(Event::Parted, now), [Connect]);
+    state.on(killed(Launcher), now);
+    assert_eq!(state.on(Event::Parted, now), [], "its successor is joined anyway");
+    let due = state.deadline().unwrap();
+    state.on(Event::Tick, due);
+    state.on(Event::Stop, due);
+    assert_eq!(state.on(Event::Parted, due), [Connect], "what still runs needs it");
+    state.on(Event::Stop, due);
+    assert_eq!(state.on(Event::Parted, due), []);
+}
+
+#[test]
 fn two_dead_are_joined_once_both_are_there() {
     let (mut state, now) = running();
     state.on(killed(Server), now);
