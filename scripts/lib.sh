@@ -6,7 +6,7 @@ target=${CARGO_TARGET_DIR:-$root/target}
 # Tools that the tests and the demonstration need and Debian doesn't have.
 tools=$target/tools
 # A rustup that was just installed isn't in the PATH of a running shell.
-PATH=$PATH:$HOME/.cargo/bin
+PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
 
 die() { echo "${0##*/}: $*" >&2; exit 1; }
 
@@ -34,6 +34,15 @@ install_packages() {
     as_root apt-get update -qq >&2
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >&2
   } || die "apt-get install $* failed"
+}
+
+# not_roots_clone: ends where root would build in a clone of somebody else's. Cargo would leave files
+# there that its owner can't replace, and root seldom has Rust.
+not_roots_clone() {
+  local owner
+  owner=$(stat -c %U "$root")
+  [ "$(id -u)" -ne 0 ] || [ "$(stat -c %u "$root")" -eq 0 ] ||
+    die "this clone belongs to $owner, and root building in it would leave files that $owner can't replace: $1"
 }
 
 # What building takes: Rust, which is yours to install, and a C compiler with a static libc.

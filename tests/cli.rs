@@ -4,10 +4,15 @@ mod common;
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
+    net::{Shutdown, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::OnceLock,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
 };
 
 use common::{
@@ -214,9 +219,56 @@ fn json_is_the_report() {
 
 #[test]
 fn call_sends_bytes_only_when_asked() {
-    let first = call(&[], "echo", &[]);
-    assert_eq!(first.status.code(), Some(0), "{first:?}");
-    // The second time the digest is enough; the log of the server tells which came.
+    const PADDING: usize = 1 << 20;
+    // A program that no other test sends; what follows its last section is never looked at.
+    let program = file("sent/act", "");
+    let mut bytes = programs::bytes("act").to_vec();
+    bytes.resize(bytes.len() + PADDING, b'.');
+    fs::write(&program, &bytes).unwrap();
+
+    let (address, sent) = counting_relay();
+    let sent_by_a_call = || {
+        let before = sent.load(Ordering::SeqCst);
+        let mut command = command();
+        command.args(["call", "--address", &address, "--namespace", "jail", "--binary"]);
+        let output = finish(command.arg(&program).args(["test/main", "print", "ran"]));
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert_eq!(output.stdout, b"ran");
+        sent.load(Ordering::SeqCst) - before
+    };
+    let (first, second) = (sent_by_a_call(), sent_by_a_call());
+    assert!(first > bytes.len(), "{first} bytes were sent of {}", bytes.len());
+    assert!(second < PADDING / 10, "{second} bytes were sent again");
+}
+
+/// An address that leads to the shared server, and how many bytes came in by it.
+fn counting_relay() -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let count = Arc::new(AtomicUsize::new(0));
+    let sent = Arc::clone(&count);
+    let server = dispatcher().address();
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut requests, mut server) = (client.unwrap(), TcpStream::connect(server).unwrap());
+            let (mut answers, mut client) =
+                (server.try_clone().unwrap(), requests.try_clone().unwrap());
+            thread::spawn(move || io::copy(&mut answers, &mut client));
+            let mut buffer = vec![0; 64 << 10];
+            while let Ok(length @ 1..) = requests.read(&mut buffer) {
+                sent.fetch_add(length, Ordering::SeqCst);
+                if server.write_all(&buffer[..length]).is_err() {
+                    break;
+                }
+            }
+            server.shutdown(Shutdown::Both).ok();
+        }
+    });
+    (address, count)
+}
+
+#[test]
+fn print_request_prints_what_would_be_sent() {
     let request = |options: &[&str]| {
         let mut command = command();
         command.args(["call", "--print-request", "--namespace", "jail"]).args(options);
@@ -259,10 +311,10 @@ fn call_finds_the_server_by_variable_and_says_when_there_is_none() {
 
 #[test]
 fn call_says_when_the_connection_breaks() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     // Takes the call's first bytes, and goes.
-    let server = std::thread::spawn(move || {
+    let server = thread::spawn(move || {
         let (mut socket, _) = listener.accept().unwrap();
         socket.read_exact(&mut [0; 64]).unwrap();
     });

@@ -1,7 +1,8 @@
 //! Policies: whose rules hold for a namespace, and what they are.
 //!
 //! file (as written) → resolve (extends, defaults, provenance) → [`Policy`].
-//! Nothing here makes a system call but reading the policy directory.
+//! Nothing here asks the system for more than the files of the policy directory
+//! and, for direct mode's user, the account database ([`compile::host_user`]).
 
 pub mod check;
 pub mod choose;
