@@ -185,6 +185,14 @@ static int is(const char *way, const char *name)
 	return strcmp(way, name) == 0;
 }
 
+/* With MFD_NOEXEC_SEAL, which old headers lack and kernels before 6.3 don't know. */
+static int sealed_memfd(void)
+{
+	int fd = memfd_create("hog", 8);
+
+	return fd >= 0 ? fd : memfd_create("hog", 0);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 2)
@@ -196,7 +204,7 @@ int main(int argc, char **argv)
 	else if (is(way, "tmpfs"))
 		fill_file("tmpfs", open(argv[3] ? argv[3] : "/tmp/.hog", O_CREAT | O_WRONLY | O_TRUNC, 0600), number(text));
 	else if (is(way, "memfd"))
-		fill_file("memfd", memfd_create("hog", MFD_NOEXEC_SEAL), number(text));
+		fill_file("memfd", sealed_memfd(), number(text));
 	else if (is(way, "child-memory"))
 		child_memory(number(text));
 	else if (is(way, "child-memory-then-exit")) {
