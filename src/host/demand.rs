@@ -4,11 +4,11 @@ use super::{Feature, Host, Subject, chain};
 use crate::{
     jail::{
         cgroup::{CgroupError, CgroupLimits},
-        limits, namespaces,
+        identity, limits, namespaces,
         plan::{Control, Filesystem, Limits, Mode, Network},
         root::{self, Ownership},
     },
-    policy::Policy,
+    policy::{Policy, compile::host_user},
 };
 
 /// What a policy demands in one of its modes.
@@ -26,6 +26,8 @@ pub struct Demand<'a> {
     pub network: Network,
     /// Whether `[capabilities] keep` has any.
     pub keeps_capabilities: bool,
+    /// Whom direct mode runs programs as.
+    pub user: &'a str,
 }
 
 impl<'a> Demand<'a> {
@@ -39,6 +41,7 @@ impl<'a> Demand<'a> {
             filesystem: &policy.filesystem,
             network: policy.network,
             keeps_capabilities: !policy.keep_capabilities.is_empty(),
+            user: policy.direct_user(),
         })
     }
 }
@@ -89,6 +92,16 @@ impl Host {
                 subject: Subject::Control(Control::RootReadonly),
                 why: error.to_string(),
                 mend: String::new(),
+            });
+        }
+        if demand.mode == Mode::Direct
+            && let Some(user) = host_user(demand.user)
+            && let Some(lack) = identity::lacking_user(&user, self.facts.root, self.facts.own_ids.0)
+        {
+            found.push(Shortfall {
+                subject: Subject::Control(lack.control),
+                why: lack.why,
+                mend: lack.mend,
             });
         }
         found.retain(|one| !is_best_effort(demand, one.subject));

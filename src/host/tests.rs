@@ -28,6 +28,7 @@ fn demand<'a>(limits: &'a Limits, filesystem: &'a Filesystem) -> Demand<'a> {
         filesystem,
         network: Network::None,
         keeps_capabilities: false,
+        user: "nobody",
     }
 }
 
@@ -98,6 +99,25 @@ fn a_policy_lacks_what_the_host_lacks() {
     );
     let container = Demand { mode: Mode::Container, ..demand };
     assert!(host.shortfalls(&container).is_empty());
+    host.close().unwrap();
+}
+
+#[test]
+fn direct_mode_can_be_had_as_a_user_that_can_be_become() {
+    let (host, _turn) = examine();
+    let (limits, filesystem) = (Limits::default(), filesystem(Vec::new()));
+    let direct = Demand { mode: Mode::Direct, ..demand(&limits, &filesystem) };
+    let wanting = |demand| {
+        let found = host.shortfalls(&demand);
+        found.into_iter().find(|one| one.subject == Subject::Control(Control::HostUid))
+    };
+    assert_eq!(wanting(direct).is_some(), !host.is_root(), "nobody");
+    let accepted = Demand { best_effort: &[Control::HostUid], ..direct };
+    assert_eq!(wanting(accepted), None);
+    let own = nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap();
+    if let Some(own) = own.filter(|own| !own.uid.is_root()) {
+        assert_eq!(wanting(Demand { user: &own.name, ..direct }), None);
+    }
     host.close().unwrap();
 }
 

@@ -9,7 +9,7 @@ use std::{
 use super::{
     blueprint::{Blueprint, Exec, Filter, INSIDE_ID, INSIDE_INIT_ID},
     facts::Facts,
-    identity::{HostIds, IdMap},
+    identity::{self, HostIds, IdMap},
     landlock, limits,
     message::{Launch, LaunchFds, Refusal},
     namespaces,
@@ -86,11 +86,8 @@ impl Prepared {
         let template = &self.template;
         let jail = launch.mode == Mode::Jail;
         let lacks = |control: Control, why: String| Refusal::ControlUnavailable { control, why };
-        let best_effort = |control: Control| {
-            template.best_effort.iter().any(|word| word.word() == control.word())
-        };
 
-        if !facts.stuck_groups.is_empty() && !best_effort(Control::Groups) {
+        if !facts.stuck_groups.is_empty() && !self.is_best_effort(Control::Groups) {
             return Err(lacks(
                 Control::Groups,
                 format!(
@@ -99,7 +96,7 @@ impl Prepared {
                 ),
             ));
         }
-        if jail && facts.landlock_abi == 0 && !best_effort(Control::Landlock(0)) {
+        if jail && facts.landlock_abi == 0 && !self.is_best_effort(Control::Landlock(0)) {
             return Err(lacks(
                 Control::Landlock(0),
                 "the kernel has no Landlock; boot with lsm=landlock,…, or add \"landlock\" to best_effort".into(),
@@ -195,6 +192,11 @@ impl Prepared {
         Ok(Decided { blueprint, namespaces: kept_namespaces, keep: kept_fds, map, enforced })
     }
 
+    /// Whether the policy does without this control where it can't be had.
+    fn is_best_effort(&self, control: Control) -> bool {
+        self.template.best_effort.iter().any(|word| word.word() == control.word())
+    }
+
     /// The id map, and the ids of program and init in the namespace they end in.
     #[allow(clippy::type_complexity)]
     fn identities(
@@ -215,10 +217,21 @@ impl Prepared {
             (Some(_), _) => {
                 Err(Refusal::Invalid { what: "direct mode has no user to run as".into() })
             }
-            (None, _) => {
-                let inside = if jail { (INSIDE_ID, INSIDE_ID) } else { facts.own_ids };
+            (None, _) if jail => {
+                let inside = (INSIDE_ID, INSIDE_ID);
                 Ok((IdMap::Launcher { inside }, inside, inside))
             }
+            (None, Some(user)) if user.uid != 0 && user.gid != 0 => {
+                let own = facts.own_ids;
+                match identity::lacking_user(user, facts.root, own.0) {
+                    // Not as root, whatever the policy puts up with.
+                    Some(lack) if own.0 == 0 || !self.is_best_effort(lack.control) => {
+                        Err(Refusal::lacking(&lack))
+                    }
+                    _ => Ok((IdMap::Launcher { inside: own }, own, own)),
+                }
+            }
+            (None, _) => Err(Refusal::Invalid { what: "direct mode has no user to run as".into() }),
         }
     }
 

@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Control, Mode, TemplateId};
+use super::{
+    cgroup::Lack,
+    plan::{Control, Mode, TemplateId},
+};
 use crate::{
     names::{Digest, RunId},
     units::MilliCpus,
@@ -202,6 +205,15 @@ pub enum Refusal {
         /// errno(3).
         errno: i32,
     },
+}
+
+impl Refusal {
+    /// For a control that can't be had here.
+    #[must_use]
+    pub fn lacking(lack: &Lack) -> Self {
+        let Lack { control, why, mend } = lack;
+        Self::ControlUnavailable { control: *control, why: format!("{why}; {mend}") }
+    }
 }
 
 /// How the first process ended, as waitid(2) tells.

@@ -9,7 +9,7 @@ use super::{
     Admission, Artifacts, Container, Instances, Policy, PolicyFamily, PolicySet, check,
     directory::{policy_name, policy_path, profile_path, read_policies, read_text},
     fault::{Fault, Place, tidy},
-    profile,
+    named_or_nobody, profile,
     read::Source,
     resolve::{Effective, resolve},
     written::{PolicyFile, Resolved},
@@ -28,9 +28,6 @@ use crate::{
 
 /// The built-in profile's name.
 const DEFAULT_PROFILE: &str = "default";
-
-/// The user of direct mode where the policy names none.
-const NOBODY: &str = "nobody";
 
 /// A policy directory that is right.
 #[derive(Debug)]
@@ -290,7 +287,7 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
         return None;
     }
     let named = &holds.identity.user;
-    let name = if named.value.is_empty() { NOBODY } else { &named.value };
+    let name = named_or_nobody(&named.value);
     let places = [&named.place, &holds.general.mode.place, &holds.general.allow_modes.place];
     let place = places.into_iter().find(|place| place.is_written()).unwrap_or(&named.place);
     let mut fault = |message: String| {

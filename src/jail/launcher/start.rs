@@ -10,7 +10,7 @@ use std::{
 use super::{Launcher, log, reap};
 use crate::{
     jail::{
-        cgroup::{Cgroup, CgroupError, CgroupLimits},
+        cgroup::{Cgroup, CgroupError, CgroupLimits, Lack},
         check,
         decide::{Decided, Prepared},
         identity::HostIds,
@@ -133,11 +133,13 @@ impl Launcher {
 
     /// The refusal for a control that this host's cgroups can't give.
     fn lacking(&self, control: Control) -> Refusal {
-        let why = self.hierarchy.available().lacking(control).map_or_else(
-            || "the run's cgroup doesn't have it".to_owned(),
-            |lack| format!("{}; {}", lack.why, lack.mend),
-        );
-        Refusal::ControlUnavailable { control, why }
+        match self.hierarchy.available().lacking(control) {
+            Some(lack) => Refusal::lacking(lack),
+            None => {
+                let why = "the run's cgroup doesn't have it".to_owned();
+                Refusal::ControlUnavailable { control, why }
+            }
+        }
     }
 
     pub(super) fn inject(&self, step: Step) -> Result<(), Refusal> {
@@ -219,7 +221,7 @@ fn cgroup_controls(
 fn cgroup_refusal(error: CgroupError) -> Refusal {
     match error {
         CgroupError::Lacking { control, why, mend } => {
-            Refusal::ControlUnavailable { control, why: format!("{why}; {mend}") }
+            Refusal::lacking(&Lack { control, why, mend })
         }
         CgroupError::Io { what, path, source } => Refusal::Step {
             step: format!("{} ({what} {})", Step::Cgroup, path.display()),
