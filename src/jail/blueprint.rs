@@ -150,7 +150,8 @@ pub struct BindPiece {
     pub target: CString,
     /// Whether it is a directory; otherwise a file is made to mount on.
     pub directory: bool,
-    /// Mount attributes, mount_setattr(2).
+    /// Mount attributes, mount_setattr(2). Landlock says the same over again:
+    /// executable where not NOEXEC, writable where not RDONLY.
     pub attributes: u64,
     /// A user namespace for an idmapped mount.
     pub idmap: Option<i32>,

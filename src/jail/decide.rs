@@ -120,7 +120,6 @@ impl Prepared {
         let (map, program_id, init_id) = self.identities(launch.mode, ids, facts)?;
         let mut kept_namespaces = Vec::new();
         let mut root = None;
-        let mut writable = Vec::new();
         if jail {
             let ownership = match ids {
                 Some(ids) => Ownership::Idmap { program: ids.program },
@@ -132,26 +131,15 @@ impl Prepared {
                 .map(|_| Script { fd: fds.executable.as_raw_fd(), size: launch.executable_size });
             let decided = root::decide(&template.filesystem, script, ownership)
                 .map_err(|error| lacks(Control::RootReadonly, error.to_string()))?;
-            (root, kept_namespaces, writable) =
-                (Some(decided.plan), decided.namespaces, decided.writable);
+            (root, kept_namespaces) = (Some(decided.plan), decided.namespaces);
             enforced.extend([Control::RootReadonly, Control::ProcRestricted, Control::Seccomp]);
             if ids.is_some() {
                 enforced.push(Control::HostUid);
             }
         }
-        let landlock = jail
-            .then(|| {
-                landlock::Ruleset::decide(
-                    facts.landlock_abi,
-                    &landlock::Access {
-                        execute_root: template.filesystem.root != super::plan::Root::Empty,
-                        tmp: template.filesystem.tmp.map(|_| template.filesystem.tmp_exec),
-                        writable: &writable,
-                        network,
-                    },
-                )
-            })
-            .flatten();
+        let landlock = root
+            .as_ref()
+            .and_then(|root| landlock::Ruleset::decide(facts.landlock_abi, root, network));
         enforced.extend(landlock.as_ref().map(|rules| Control::Landlock(rules.abi)));
         // By the sysctl where it can be written, else by the filter: either way in force.
         if jail && !template.filesystem.tmp_exec {
