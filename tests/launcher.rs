@@ -315,6 +315,57 @@ fn a_stopped_run_is_gone_and_says_why() {
     assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
 }
 
+/// Stopped at any moment of its making, a run is told as stopped: what fails
+/// because it is being killed is no failure of its own.
+#[test]
+fn a_run_stopped_while_it_is_built_never_started() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    for pause in (0..40).map(|step| Duration::from_micros(100 * step)) {
+        let launch = launch(3, 1, shell.len());
+        let mut io = Io::new();
+        launcher.launch(&launch, &["sh", "-c", "sleep 1000", PATH], &shell, &mut io);
+        std::thread::sleep(pause);
+        let stop = FromServer::Stop { run: launch.run, cause: StopCause::Cancelled };
+        send(launcher.server.as_ref().unwrap(), &stop, &[]);
+        let mut next = launcher.next();
+        if let FromLauncher::Started { .. } = next {
+            next = launcher.next();
+        }
+        let FromLauncher::Ended { end, .. } = next else { panic!("{pause:?}: {next:?}") };
+        assert_eq!(end.stopped, Some(StopCause::Cancelled), "{pause:?}");
+    }
+}
+
+#[test]
+fn a_run_whose_init_is_killed_ends() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let mut io = Io::new();
+    let launch = launch(3, 1, shell.len());
+    let script = "setsid sleep 1000 & echo up; sleep 1000";
+    launcher.launch(&launch, &["sh", "-c", script, PATH], &shell, &mut io);
+    let mut line = [0; 3];
+    File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
+    let id = launcher.child.id();
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    let init = children.trim().parse().unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(init).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    assert!(matches!(launcher.next(), FromLauncher::Started { .. }));
+    match launcher.next() {
+        FromLauncher::Ended { end, .. } => {
+            assert_eq!((end.status, end.stopped), (WaitStatus::Unknown, None));
+            assert!(!end.quarantined && !end.enforced.is_empty(), "{end:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(io.read().0, "");
+}
+
 #[test]
 fn the_servers_end_ends_its_runs() {
     let mut launcher = Launcher::start(template());

@@ -142,6 +142,17 @@ pub struct Parts {
     pub received: Instant,
 }
 
+/// What is heard on a run's control socket.
+#[derive(Debug)]
+pub enum Heard {
+    /// A report, with what came along.
+    Report(Report, Option<OwnedFd>),
+    /// Nothing for now.
+    Nothing,
+    /// Nothing any more: init is dead, and the program has no part of it.
+    Closed,
+}
+
 /// What a report changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -203,27 +214,54 @@ impl Run {
         sys::send_packet(&self.control, &[word::JOINED], &[])
     }
 
-    /// Reads one report from init or the program. `Ok(None)` when there is none.
+    /// Listens for what init or the program says.
     ///
     /// # Errors
-    /// Those of recvmsg(2).
-    pub fn next_report(&mut self) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+    /// Those of recvmsg(2); EPROTO for what is no report, EMSGSIZE where a
+    /// listener came that there was no descriptor left for. Tell [`Run::unheard`].
+    pub fn listen(&self) -> io::Result<Heard> {
         let mut bytes = [0; REPORT_LEN];
-        match sys::receive_packet(&self.control, &mut bytes) {
-            Ok(Some((length, mut fds))) => {
-                Ok(Report::decode(&bytes[..length]).map(|report| (report, fds.pop())))
+        let received = match sys::receive_packet(&self.control, &mut bytes) {
+            // The other side died without having read all of ours: told once,
+            // before what it had said, unix(7).
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                sys::receive_packet(&self.control, &mut bytes)
             }
-            Ok(None) => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            received => received,
+        };
+        match received {
+            Ok(Some((length, mut fds))) => match Report::decode(&bytes[..length]) {
+                Some(report) => Ok(Heard::Report(report, fds.pop())),
+                None => Err(io::Error::from_raw_os_error(libc::EPROTO)),
+            },
+            Ok(None) => Ok(Heard::Closed),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Heard::Nothing),
             Err(error) => Err(error),
         }
+    }
+
+    /// The control socket is at its end. After a report of the end that is as it
+    /// should be; before one, init was killed, and the rest of the run goes with it.
+    pub fn closed(&mut self, now: Instant) {
+        if self.is_alive() {
+            self.kill();
+            self.end(now);
+        }
+    }
+
+    /// Something said on the control socket or by the listener was lost: what
+    /// can't be followed any more is ended.
+    pub fn unheard(&mut self, step: Step, error: &io::Error, now: Instant) {
+        self.fail(step_error(step, error), now);
     }
 
     /// Acts on a report.
     pub fn on_report(&mut self, report: Report, fd: Option<OwnedFd>, now: Instant) -> Change {
         match report {
-            Report::NeedsMaps => self.write_maps(),
-            Report::Ready => return self.start(now),
+            // A run that was stopped meanwhile is not built any further.
+            Report::NeedsMaps if self.phase == Phase::Building => self.write_maps(now),
+            Report::Ready if self.phase == Phase::Building => return self.start(now),
+            Report::NeedsMaps | Report::Ready => {}
             Report::Filtered => return self.filtered(fd, now),
             // Only our own code leaves by exit(2) before its filter is in place:
             // that is no status of the program's, even where the reason was lost.
@@ -252,11 +290,11 @@ impl Run {
         }
     }
 
-    fn write_maps(&mut self) {
+    fn write_maps(&mut self, now: Instant) {
         let written = identity::write_maps(self.pid, self.map)
             .and_then(|()| sys::send_packet(&self.control, &[word::MAPPED], &[]));
         if let Err(error) = written {
-            self.fail(step_error(Step::Maps, &error), Instant::now());
+            self.fail(step_error(Step::Maps, &error), now);
         }
     }
 
@@ -288,30 +326,39 @@ impl Run {
     fn program_ended(&mut self, status: WaitStatus, now: Instant) {
         self.status = status;
         // Init exits now, and the kernel kills what is left before it is done.
-        self.end(now);
+        if self.is_alive() {
+            self.end(now);
+        }
     }
 
+    /// What goes wrong once a run was stopped or has ended is no failure of its:
+    /// it is being killed.
     fn fail(&mut self, error: StepError, now: Instant) {
-        self.failure.get_or_insert(error);
-        self.kill();
-        self.end(now);
+        if self.is_alive() {
+            self.failure = Some(error);
+            self.kill();
+            self.end(now);
+        }
     }
 
     fn end(&mut self, now: Instant) {
-        if matches!(self.phase, Phase::Building | Phase::Running) {
-            self.phase = Phase::Ending;
-            self.ended.get_or_insert(now);
-            self.wall_deadline = None;
-            self.cpu_check = None;
-            self.grace_deadline = Some(now + TEARDOWN_GRACE);
-        }
+        self.phase = Phase::Ending;
+        self.ended = Some(now);
+        self.wall_deadline = None;
+        self.cpu_check = None;
+        self.grace_deadline = Some(now + TEARDOWN_GRACE);
+    }
+
+    /// Not stopped, failed or ended yet.
+    fn is_alive(&self) -> bool {
+        matches!(self.phase, Phase::Building | Phase::Running)
     }
 
     /// Ends the run for this cause, unless it has ended already: a program
     /// that ended by itself keeps its status, and the first cause stands.
     pub fn stop(&mut self, cause: StopCause, now: Instant) {
-        if matches!(self.phase, Phase::Building | Phase::Running) {
-            self.stopped.get_or_insert(cause);
+        if self.is_alive() {
+            self.stopped = Some(cause);
             self.kill();
             self.end(now);
         }
@@ -400,7 +447,17 @@ impl Run {
     pub fn on_listener(&mut self, now: Instant) {
         for _ in 0..NOTICES_BATCH {
             let Some(listener) = &self.listener else { return };
-            let Ok(Received::Call(call)) = listener.receive() else { return };
+            let call = match listener.receive() {
+                Ok(Received::Call(call)) => call,
+                Ok(Received::Nothing) => return,
+                Ok(Received::Closed) => {
+                    // Nobody is left whose call could be waiting in it, and it
+                    // would be readable for ever.
+                    self.listener = None;
+                    return;
+                }
+                Err(error) => return self.unheard(Step::Listener, &error, now),
+            };
             let decision = filter::decide(
                 call.nr,
                 call.arch,
@@ -474,7 +531,7 @@ impl Run {
     /// Without a listener, a deadly call is the only way to die of SIGSYS that
     /// the filter leaves.
     fn unnamed_denial(&self) -> Option<String> {
-        let by_filter = self.listener.is_none()
+        let by_filter = !self.prepared.filter_options().notify
             && self.enforced.contains(&Control::Seccomp)
             && self.status == WaitStatus::Signalled(libc::SIGSYS);
         by_filter.then(String::new)

@@ -8,7 +8,7 @@ use super::{Launcher, Leftover, Source, log, reap};
 use crate::jail::{
     identity::HostIds,
     message::FromLauncher,
-    run::{Change, Phase, Run},
+    run::{Change, Heard, Phase, Run},
     step::{Report, Step, StepError},
 };
 
@@ -29,17 +29,7 @@ impl Launcher {
         if let Err(error) = watched {
             log(&format!("a run can't be watched: {error}"));
             let now = Instant::now();
-            self.with_run(serial, |run| {
-                run.on_report(
-                    Report::Failed(StepError {
-                        step: Step::Handshake,
-                        index: 3,
-                        errno: error.raw_os_error().unwrap_or(libc::EIO),
-                    }),
-                    None,
-                    now,
-                );
-            });
+            self.with_run(serial, |run| run.unheard(Step::Handshake, &error, now));
         }
         self.reschedule(serial);
     }
@@ -68,20 +58,23 @@ impl Launcher {
     pub(super) fn on_control(&mut self, serial: u64) {
         loop {
             let Some(run) = self.runs.get_mut(&serial) else { return };
-            match run.next_report() {
-                Ok(Some((report, fd))) => self.on_report(serial, report, fd),
-                Ok(None) => break,
+            match run.listen() {
+                Ok(Heard::Report(report, fd)) => self.on_report(serial, report, fd),
+                Ok(Heard::Nothing) => return,
+                Ok(Heard::Closed) => {
+                    // It stays readable until init is reaped. ENOENT: that is
+                    // what we are here for, and it was heard before.
+                    epoll::delete(&self.epoll, &run.control).ok();
+                    run.closed(Instant::now());
+                    return self.reschedule(serial);
+                }
                 Err(error) => {
-                    log(&format!("a run's control socket: {error}"));
-                    break;
+                    log(&format!("run {}: its control socket: {error}", run.id));
+                    epoll::delete(&self.epoll, &run.control).ok();
+                    run.unheard(Step::Handshake, &error, Instant::now());
+                    return self.reschedule(serial);
                 }
             }
-        }
-        // At its end of file it would be readable until init is reaped.
-        if let Some(run) = self.runs.get(&serial)
-            && matches!(run.phase, Phase::Ending | Phase::Quarantined)
-        {
-            epoll::delete(&self.epoll, &run.control).ok();
         }
     }
 
@@ -107,16 +100,13 @@ impl Launcher {
                 self.tell(&FromLauncher::Started { run: id, at, setup });
             }
             Change::Listener => {
+                let flags = EventFlags::IN | EventFlags::ONESHOT;
                 if let Some(run) = self.runs.get(&serial)
                     && let Some(listener) = run.listener()
-                    && let Err(error) = self.watch(
-                        listener,
-                        Source::Listener(serial),
-                        EventFlags::IN | EventFlags::ONESHOT,
-                    )
+                    && let Err(error) = self.watch(listener, Source::Listener(serial), flags)
                 {
-                    // Unwatched, a forbidden call would hang until the timeout: still held.
-                    log(&format!("a listener can't be watched: {error}"));
+                    log(&format!("run {id}: its listener can't be watched: {error}"));
+                    self.with_run(serial, |run| run.unheard(Step::Listener, &error, now));
                 }
             }
         }
