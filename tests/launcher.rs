@@ -329,11 +329,13 @@ fn a_run_stopped_while_it_is_built_never_started() {
         let stop = FromServer::Stop { run: launch.run, cause: StopCause::Cancelled };
         send(launcher.server.as_ref().unwrap(), &stop, &[]);
         let mut next = launcher.next();
-        if let FromLauncher::Started { .. } = next {
+        let started = matches!(next, FromLauncher::Started { .. });
+        if started {
             next = launcher.next();
         }
         let FromLauncher::Ended { end, .. } = next else { panic!("{pause:?}: {next:?}") };
         assert_eq!(end.stopped, Some(StopCause::Cancelled), "{pause:?}");
+        assert!(started || end.enforced.is_empty(), "{pause:?}: {:?}", end.enforced);
     }
 }
 

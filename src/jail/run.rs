@@ -517,7 +517,8 @@ impl Run {
             oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
             denied_syscall: self.denied.clone().or_else(|| self.unnamed_denial()),
             refused_syscalls: self.refused.clone(),
-            enforced: self.enforced.clone(),
+            // Before the filter, the last step but exec, nothing is complete.
+            enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
             setup: started.saturating_duration_since(self.received),
             wall: ended.saturating_duration_since(started),
             user: usage.user,
