@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Read,
+    io::{Read, Write as _},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::process::CommandExt,
@@ -103,17 +103,12 @@ impl Launcher {
     }
 
     fn launch(&self, launch: &Launch, call: &[&str], executable: &[u8], io: &mut Io) {
-        let executable = sys::sealed_memfd(c"exe", &[executable], true).unwrap();
-        let stdin = sys::sealed_memfd(c"stdin", &[], false).unwrap();
-        let blob: Vec<u8> =
-            call.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
-        let blob = sys::sealed_memfd(c"call", &[&blob], false).unwrap();
-        let (stdout, stderr) = (io.stdout.1.take().unwrap(), io.stderr.1.take().unwrap());
-        send(
-            self.server.as_ref().unwrap(),
-            &FromServer::Launch(launch.clone()),
-            &[&executable, &stdin, &stdout, &stderr, &blob],
-        );
+        self.launch_with(launch, &descriptors(call, executable, io));
+    }
+
+    fn launch_with(&self, launch: &Launch, descriptors: &[OwnedFd]) {
+        let descriptors: Vec<_> = descriptors.iter().collect();
+        send(self.server.as_ref().unwrap(), &FromServer::Launch(launch.clone()), &descriptors);
     }
 }
 
@@ -156,6 +151,18 @@ impl Io {
         };
         (all(self.stdout.0), all(self.stderr.0))
     }
+}
+
+/// What a launch takes, in its order: executable, stdin, stdout, stderr, call.
+fn descriptors(call: &[&str], executable: &[u8], io: &mut Io) -> [OwnedFd; 5] {
+    let blob: Vec<u8> = call.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
+    [
+        sys::sealed_memfd(c"exe", &[executable], true).unwrap(),
+        sys::sealed_memfd(c"stdin", &[], false).unwrap(),
+        io.stdout.1.take().unwrap(),
+        io.stderr.1.take().unwrap(),
+        sys::sealed_memfd(c"call", &[&blob], false).unwrap(),
+    ]
 }
 
 /// Elsewhere in the VM, where nothing is built.
@@ -285,6 +292,58 @@ fn a_captured_server_gets_no_more_than_its_template() {
     assert!(ask(&|_| (), &["sh", "-c", "true", "LD_PRELOAD=/x"]).contains("LD_PRELOAD"));
     assert!(ask(&|_| (), &["sh", "-c", "true", "PATH=/evil"]).contains("PATH"));
     assert!(ask(&|_| (), &["sh", "-c", "true", "nonsense"]).contains("no `=`"));
+    assert!(ask(&|l| l.envc = 2, &["sh", "-c", "true", PATH, PATH]).contains("given twice"));
+}
+
+/// Descriptors that are not what they must be could change under way, or be a
+/// way out of the jail.
+#[test]
+fn a_captured_server_gives_nothing_but_sealed_files_and_pipes() {
+    const PLACES: [&str; 5] = ["executable", "stdin", "stdout", "stderr", "call"];
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let refused = |place: usize, other: OwnedFd| {
+        let mut io = Io::new();
+        let launch = launch(3, 1, shell.len());
+        let mut given = descriptors(&["sh", "-c", "true", PATH], &shell, &mut io);
+        given[place] = other;
+        launcher.launch_with(&launch, &given);
+        match launcher.next() {
+            FromLauncher::Refused { refusal: Refusal::Invalid { what }, .. } => {
+                assert!(what.contains(PLACES[place]), "{}: {what}", PLACES[place]);
+            }
+            next => panic!("{}: {next:?}", PLACES[place]),
+        }
+    };
+    let open = |path: &str| OwnedFd::from(File::open(path).unwrap());
+    let unsealed = |content: &[u8]| {
+        let mut file = File::from(
+            rustix::fs::memfd_create(c"open", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap(),
+        );
+        file.write_all(content).unwrap();
+        OwnedFd::from(file)
+    };
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    refused(0, unsealed(&shell));
+    refused(0, open("/bin/sh"));
+    refused(4, unsealed(b"sh\0-c\0true\0PATH=/usr/bin:/bin\0"));
+    refused(1, unsealed(b""));
+    refused(1, open("/dev/null"));
+    refused(1, pipe().0);
+    for place in [2, 3] {
+        refused(place, open("/"));
+        refused(place, open("/dev/null"));
+        refused(place, unsealed(b""));
+        refused(place, pipe().0);
+        refused(place, sys::seqpacket_pair().unwrap().0);
+        // Both ends in one: what is written could be read back.
+        let (reader, _writer) = pipe();
+        let path = format!("/proc/self/fd/{}", reader.as_raw_fd());
+        refused(place, File::options().read(true).write(true).open(path).unwrap().into());
+    }
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", "exit 3", PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(3));
 }
 
 #[test]

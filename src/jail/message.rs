@@ -72,7 +72,7 @@ pub enum FromServer {
 pub struct LaunchFds {
     /// Sealed memfd (`F_SEAL_WRITE|SHRINK|GROW|SEAL`) holding the executable, opened read-only.
     pub executable: OwnedFd,
-    /// Becomes descriptor 0.
+    /// Becomes descriptor 0: a sealed memfd holding the input.
     pub stdin: OwnedFd,
     /// Becomes descriptor 1: the write end of a pipe.
     pub stdout: OwnedFd,
