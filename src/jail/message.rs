@@ -191,11 +191,10 @@ pub enum Refusal {
         /// errno(3).
         errno: i32,
     },
-    /// No host uid is free.
-    Exhausted {
-        /// What ran out.
-        what: String,
-    },
+    /// Something that every run takes is all in use; it comes back with their ends.
+    Exhausted(Exhausted),
+    /// The launcher ends, and starts nothing any more.
+    Ending,
     /// A launch step failed otherwise.
     Step {
         /// The step's name, as in `jail::launch`.
@@ -205,6 +204,13 @@ pub enum Refusal {
         /// errno(3).
         errno: i32,
     },
+}
+
+/// What there is only so much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exhausted {
+    /// Host uids of `[server] uid_range`.
+    HostIds,
 }
 
 impl Refusal {

@@ -15,7 +15,7 @@ use crate::{
         decide::{Decided, Prepared},
         identity::HostIds,
         init,
-        message::{Launch, LaunchFds, Refusal},
+        message::{Exhausted, Launch, LaunchFds, Refusal},
         namespaces::{self, Cloned},
         plan::{Control, Template},
         run::{self, Parts, Run},
@@ -29,7 +29,7 @@ impl Launcher {
     pub(super) fn launch(&mut self, launch: Launch, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
         let received = Instant::now();
         if self.ending.is_some() {
-            return Err(Refusal::Exhausted { what: "the launcher is ending".into() });
+            return Err(Refusal::Ending);
         }
         let invalid = |what: &str| Refusal::Invalid { what: what.into() };
         if self.serials.contains_key(&launch.run) {
@@ -47,9 +47,7 @@ impl Launcher {
         let checked = check::check(&launch, &fds, &prepared.template)
             .map_err(|what| Refusal::Invalid { what })?;
         let ids = match self.facts.root {
-            true => Some(self.ids.take().ok_or_else(|| Refusal::Exhausted {
-                what: "all host uids of uid_range are in use".into(),
-            })?),
+            true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
             false => None,
         };
         let made = self.make(received, launch, fds, &prepared, &checked, ids);
