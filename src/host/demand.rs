@@ -77,8 +77,8 @@ impl Host {
             .collect();
         found.extend(self.cgroup_shortfalls(demand));
         if let Err(most) = limits::open_files(demand.limits, self.facts.open_files) {
-            // Two more: the executable and a socket are parked above.
-            let needed = demand.limits.open_files.finite().unwrap_or(most).saturating_add(2);
+            let wanted = demand.limits.open_files.finite().unwrap_or(most);
+            let needed = wanted.saturating_add(limits::PARKED);
             found.push(Shortfall {
                 subject: Subject::Control(Control::Rlimits),
                 why: format!("open_files is over {most}, the most that can be given here"),
