@@ -54,16 +54,36 @@ pub fn send_packet(
     Ok(())
 }
 
+/// A packet as it came.
+#[derive(Debug)]
+pub struct Packet {
+    /// How much of the buffer it fills.
+    pub length: usize,
+    /// Its descriptors, close-on-exec. `None` where some were lost: this
+    /// process can have no more of them, cmsg(3). What did come is closed.
+    pub descriptors: Option<Vec<OwnedFd>>,
+}
+
 /// Receives one packet into `buffer`, its descriptors close-on-exec.
 /// `Ok(None)` is the end: the peer closed.
 ///
 /// # Errors
-/// Those of recvmsg(2); `EMSGSIZE` for a packet that did not fit, whose
-/// descriptors are closed.
+/// Those of recvmsg(2); `EMSGSIZE` for a packet that did not fit, or whose
+/// descriptors did not; they are closed.
 pub fn receive_packet(
     socket: impl AsFd,
     buffer: &mut [u8],
 ) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+    let Some(packet) = receive_bytes(socket, buffer)? else { return Ok(None) };
+    let too_many = || io::Error::from_raw_os_error(libc::EMSGSIZE);
+    Ok(Some((packet.length, packet.descriptors.ok_or_else(too_many)?)))
+}
+
+/// [`receive_packet`], but that lost descriptors don't lose the bytes.
+///
+/// # Errors
+/// Those of recvmsg(2); `EMSGSIZE` for bytes that did not fit.
+pub fn receive_bytes(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<Packet>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received =
@@ -74,14 +94,15 @@ pub fn receive_packet(
             descriptors.extend(fds);
         }
     }
-    let flags = received.flags;
-    if flags.intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC) {
+    if received.flags.contains(rustix::net::ReturnFlags::TRUNC) {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
-    if received.bytes == 0 && descriptors.is_empty() {
+    let lost = received.flags.contains(rustix::net::ReturnFlags::CTRUNC);
+    if received.bytes == 0 && descriptors.is_empty() && !lost {
         return Ok(None);
     }
-    Ok(Some((received.bytes, descriptors)))
+    let descriptors = (!lost).then_some(descriptors);
+    Ok(Some(Packet { length: received.bytes, descriptors }))
 }
 
 /// A memfd holding `content`, sealed against every change, reopened read-only

@@ -16,8 +16,8 @@ use std::{
 use dispatcher::{
     jail::{
         message::{
-            End, FromLauncher, FromMonitor, FromServer, Launch, LauncherConfig, MESSAGE_MAX,
-            Refusal, StopCause, WaitStatus,
+            End, Exhausted, FromLauncher, FromMonitor, FromServer, Launch, LauncherConfig,
+            MESSAGE_MAX, Refusal, StopCause, WaitStatus,
         },
         plan::{
             Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId, TemplateSet,
@@ -39,6 +39,15 @@ struct Launcher {
 
 impl Launcher {
     fn start(template: Template) -> Self {
+        Self::start_prepared(template, || Ok(()))
+    }
+
+    /// `prepare` runs in the process before it becomes the launcher: only
+    /// system calls.
+    fn start_prepared(
+        template: Template,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let (ours, theirs) = sys::seqpacket_pair().unwrap();
         let mut command = Command::new(dispatcher_binary());
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
@@ -46,7 +55,7 @@ impl Launcher {
         // SAFETY: dup2 is async-signal-safe.
         #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]
         unsafe {
-            command.pre_exec(move || sys::dup_to_inherited(raw, 3))
+            command.pre_exec(move || sys::dup_to_inherited(raw, 3).and_then(|()| prepare()))
         };
         let child = command.spawn().unwrap();
         drop(theirs);
@@ -438,6 +447,62 @@ fn the_servers_end_ends_its_runs() {
     File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
     launcher.server = None;
     assert_eq!(io.read().0, ""); // end of file, not a hang
+}
+
+/// A limit of open files for the launcher, and a template that fits beneath it.
+fn start_with_open_files(limit: u64) -> Launcher {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let mut template = template();
+    template.limits.open_files = Limit::At(16);
+    let both = move || Rlimit { current: Some(limit), maximum: Some(limit) };
+    Launcher::start_prepared(template, move || Ok(setrlimit(Resource::Nofile, both())?))
+}
+
+#[test]
+fn runs_leave_the_launcher_descriptors_to_go_on_with() {
+    let launcher = start_with_open_files(130);
+    let shell = shell();
+    let mut runs = vec![];
+    let refusal = loop {
+        assert!(runs.len() < 10, "no end of runs");
+        let (launch, mut io) = (launch(3, 1, shell.len()), Io::new());
+        launcher.launch(&launch, &["sh", "-c", "cat; sleep 1000", PATH], &shell, &mut io);
+        match launcher.next() {
+            FromLauncher::Started { .. } => runs.push((launch.run, io)),
+            FromLauncher::Refused { refusal, .. } => break refusal,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(refusal, Refusal::Exhausted(Exhausted::Descriptors));
+    assert!(runs.len() >= 4, "{} runs at once", runs.len());
+    // What ends makes room.
+    let (run, _io) = runs.pop().unwrap();
+    let stop = FromServer::Stop { run, cause: StopCause::Cancelled };
+    send(launcher.server.as_ref().unwrap(), &stop, &[]);
+    assert!(matches!(launcher.next(), FromLauncher::Ended { .. }));
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", "exit 3", PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(3));
+}
+
+/// The one launch whose descriptors can't be had is refused, by name.
+#[test]
+fn a_launch_without_room_for_its_descriptors_is_refused() {
+    let launcher = start_with_open_files(40);
+    let null = OwnedFd::from(File::open("/dev/null").unwrap());
+    let many = [&null; sys::FDS_MAX];
+    for fds in [&many[..], &[]] {
+        let launch = launch(3, 1, 1);
+        send(launcher.server.as_ref().unwrap(), &FromServer::Launch(launch.clone()), fds);
+        match launcher.next() {
+            FromLauncher::Refused { run, refusal } => {
+                assert_eq!(run, launch.run);
+                let lost = refusal == Refusal::Exhausted(Exhausted::Descriptors);
+                assert_eq!(lost, !fds.is_empty(), "{refusal:?}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -211,6 +211,8 @@ pub enum Refusal {
 pub enum Exhausted {
     /// Host uids of `[server] uid_range`.
     HostIds,
+    /// Descriptors that the launcher may have open, RLIMIT_NOFILE.
+    Descriptors,
 }
 
 impl Refusal {

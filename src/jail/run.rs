@@ -23,7 +23,7 @@ use super::{
     decide::Prepared,
     identity::{self, HostIds, IdMap},
     message::{End, Launch, LaunchFds, Oom, Refusal, StopCause, WaitStatus},
-    plan::Control,
+    plan::{Control, Template},
     seccomp::{
         filter::{self, Decision},
         notify::{Listener, Received},
@@ -47,6 +47,12 @@ const REFUSED_MAX: usize = 16;
 const NOTICES_FREE: u32 = 4096;
 const NOTICES_BATCH: u32 = 32;
 const NOTICES_PAUSE: Duration = Duration::from_millis(1);
+
+/// What the launcher has open for a run at most: init's pidfd, the control socket,
+/// the listener, the cgroup's directory and its memory peak; and, until the
+/// program is started, what the launch brought.
+const OPEN: usize = 5;
+const BROUGHT: usize = 5;
 
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +210,19 @@ impl Run {
             denied: None,
             refused: Vec::new(),
         }
+    }
+
+    /// How many descriptors the launcher must have for a run of this template,
+    /// while it is built.
+    #[must_use]
+    pub fn descriptors_needed(template: &Template) -> usize {
+        OPEN + BROUGHT + template.filesystem.binds.len()
+    }
+
+    /// How many descriptors this one takes, or comes to take.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        OPEN + self.fds.as_ref().map_or(0, |_| BROUGHT) + self.namespaces.len()
     }
 
     /// Tells init that it is in its cgroups.

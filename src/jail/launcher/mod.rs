@@ -49,6 +49,11 @@ const SETS_KEPT: usize = 4;
 const SET_MAX: u64 = 256 << 20;
 /// Answers that may wait for a server that doesn't read.
 const OUTBOX_MAX: usize = 65_536;
+/// Descriptors that runs leave to the launcher itself: what it has open for good, a
+/// packet's worth ([`sys::FDS_MAX`]), and what it opens for a moment to make a run.
+const OWN_DESCRIPTORS: usize = 64 + sys::FDS_MAX;
+/// How many a cgroup in quarantine has open: its directory and its memory peak.
+const LEFTOVER_DESCRIPTORS: usize = 2;
 /// How long everything may take to be gone when the launcher is told to end.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often something in quarantine is looked at again.

@@ -8,7 +8,7 @@ use super::{FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, Sourc
 use crate::{
     jail::{
         decide::Prepared,
-        message::{FromLauncher, FromMonitor, FromServer, StopCause},
+        message::{Exhausted, FromLauncher, FromMonitor, FromServer, Refusal, StopCause},
         plan::TemplateSet,
     },
     names::Digest,
@@ -101,9 +101,9 @@ impl Launcher {
         // A batch at a time: runs and the monitor want their turn too.
         for _ in 0..16 {
             let Some(server) = &self.server else { return };
-            match sys::receive_packet(server, &mut self.buffer) {
-                Ok(Some((length, fds))) => match postcard::from_bytes(&self.buffer[..length]) {
-                    Ok(message) => self.on_server_message(message, fds),
+            match sys::receive_bytes(server, &mut self.buffer) {
+                Ok(Some(packet)) => match postcard::from_bytes(&self.buffer[..packet.length]) {
+                    Ok(message) => self.on_server_message(message, packet.descriptors),
                     Err(error) => log(&format!("the server's message can't be read: {error}")),
                 },
                 Ok(None) => return self.drop_server(),
@@ -117,11 +117,13 @@ impl Launcher {
         }
     }
 
-    pub(super) fn on_server_message(&mut self, message: FromServer, fds: Vec<OwnedFd>) {
+    /// `fds` is `None` where some of them could not be received.
+    pub(super) fn on_server_message(&mut self, message: FromServer, fds: Option<Vec<OwnedFd>>) {
         match message {
             FromServer::Launch(launch) => {
                 let run = launch.run;
-                if let Err(refusal) = self.launch(launch, fds) {
+                let fds = fds.ok_or(Refusal::Exhausted(Exhausted::Descriptors));
+                if let Err(refusal) = fds.and_then(|fds| self.launch(launch, fds)) {
                     self.tell(&FromLauncher::Refused { run, refusal });
                 }
             }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Launcher, log, reap};
+use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log, reap};
 use crate::{
     jail::{
         cgroup::{Cgroup, CgroupError, CgroupLimits, Lack},
@@ -46,6 +46,9 @@ impl Launcher {
         let fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
         let checked = check::check(&launch, &fds, &prepared.template)
             .map_err(|what| Refusal::Invalid { what })?;
+        if !self.has_descriptors_for(&prepared.template) {
+            return Err(Refusal::Exhausted(Exhausted::Descriptors));
+        }
         let ids = match self.facts.root {
             true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
             false => None,
@@ -63,6 +66,15 @@ impl Launcher {
                 Err(refusal)
             }
         }
+    }
+
+    /// Whether a run more leaves the launcher the descriptors that it needs:
+    /// without one it could neither hear of a run's end nor start another.
+    fn has_descriptors_for(&self, template: &Template) -> bool {
+        let runs: usize = self.runs.values().map(Run::descriptors).sum();
+        let leftovers = LEFTOVER_DESCRIPTORS * self.leftovers.len();
+        let all = OWN_DESCRIPTORS + runs + leftovers + Run::descriptors_needed(template);
+        u64::try_from(all).is_ok_and(|all| all <= self.facts.open_files)
     }
 
     pub(super) fn make(

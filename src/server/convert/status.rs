@@ -303,6 +303,10 @@ fn not_launched(refusal: &Refusal) -> Summary {
         Refusal::Exhausted(what) => {
             let text = match what {
                 Exhausted::HostIds => "all host user ids of [server] uid_range are in use",
+                Exhausted::Descriptors => {
+                    "the runs at work take all descriptors that the launcher may have open; \
+                     a higher LimitNOFILE= gives room for more"
+                }
             };
             Summary::refused(Code::ResourceExhausted, "queue_full", text).retry(RETRY_AFTER)
         }

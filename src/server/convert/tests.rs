@@ -500,6 +500,12 @@ fn rows_of_calls_that_never_ran() {
             &[("retry_after_ms", "1000")],
         ),
         (
+            refused(Refusal::Exhausted(Exhausted::Descriptors)),
+            ResourceExhausted,
+            "queue_full",
+            &[("retry_after_ms", "1000")],
+        ),
+        (
             refused(Refusal::ControlUnavailable {
                 control: Control::CgroupMemory,
                 why: "no cgroup".into(),
