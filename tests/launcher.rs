@@ -20,7 +20,8 @@ use dispatcher::{
             MESSAGE_MAX, Refusal, StopCause, WaitStatus,
         },
         plan::{
-            Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId, TemplateSet,
+            Allowed, Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId,
+            TemplateSet,
         },
     },
     names::{Digest, RunId},
@@ -35,6 +36,8 @@ struct Launcher {
     child: Child,
     monitor: Option<OwnedFd>,
     server: Option<OwnedFd>,
+    /// It is to end with a failure.
+    fails: bool,
 }
 
 impl Launcher {
@@ -45,6 +48,15 @@ impl Launcher {
     /// `prepare` runs in the process before it becomes the launcher: only
     /// system calls.
     fn start_prepared(
+        template: Template,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        let launcher = Self::start_unready(template, prepare);
+        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
+        launcher
+    }
+
+    fn start_unready(
         template: Template,
         prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
@@ -76,9 +88,7 @@ impl Launcher {
         let (server, theirs) = sys::seqpacket_pair().unwrap();
         send(&ours, &FromMonitor::Server, &[&theirs]);
         drop(theirs);
-        let launcher = Self { child, monitor: Some(ours), server: Some(server) };
-        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
-        launcher
+        Self { child, monitor: Some(ours), server: Some(server), fails: false }
     }
 
     fn next(&self) -> FromLauncher {
@@ -127,7 +137,7 @@ impl Drop for Launcher {
         self.monitor = None;
         let status = self.child.wait().unwrap();
         if !std::thread::panicking() {
-            assert!(status.success(), "{status}");
+            assert_eq!(status.success(), !self.fails, "{status}");
         }
     }
 }
@@ -447,6 +457,22 @@ fn the_servers_end_ends_its_runs() {
     File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
     launcher.server = None;
     assert_eq!(io.read().0, ""); // end of file, not a hang
+}
+
+/// Policies that can't be enforced are the launcher's end, not a silence that
+/// everybody waits in.
+#[test]
+fn a_template_that_makes_no_filter_ends_the_launcher() {
+    let mut template = template();
+    template.syscalls.allowed.insert(libc::SYS_unshare as u32, Allowed::Always);
+    let mut launcher = Launcher::start_unready(template, || Ok(()));
+    launcher.fails = true;
+    let server = launcher.server.as_ref().unwrap();
+    let heard = sys::receive_packet(server, &mut [0; MESSAGE_MAX]);
+    let closed = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    assert!(heard.as_ref().is_ok_and(Option::is_none) || heard.as_ref().is_err_and(closed));
+    // Though the monitor's socket is still open.
+    assert!(!launcher.child.wait().unwrap().success());
 }
 
 /// A limit of open files for the launcher, and a template that fits beneath it.

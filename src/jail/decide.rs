@@ -15,7 +15,7 @@ use super::{
     namespaces,
     plan::{Control, Mode, Network, Template},
     root::{self, Ownership, Script},
-    seccomp::filter::{self, FilterOptions, sock_filter},
+    seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
 };
 
@@ -48,20 +48,14 @@ impl Prepared {
     /// Compiles what doesn't depend on the call.
     ///
     /// # Errors
-    /// The text of the filter compiler's error: a profile too large for the kernel.
-    pub fn new(template: Template, facts: &Facts) -> Result<Self, String> {
+    /// Those of the filter's compiler; [`check_filter`] found them when the
+    /// policies were compiled.
+    pub fn new(template: Template, facts: &Facts) -> Result<Self, FilterError> {
         let open_files = limits::open_files(&template.limits, facts.open_files);
         let exec_fd = limits::parking_place(open_files.unwrap_or_else(|most| most));
-        let filter_options = FilterOptions {
-            network: template.network,
-            refuse_exec_memfd: !template.filesystem.tmp_exec && facts.memfd_noexec.is_none(),
-            refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
-            exec_fd,
-            control_fd: exec_fd + 1,
-            notify: facts.notify,
-        };
-        let filter = filter::compile(&template.syscalls, &filter_options)
-            .map_err(|error| error.to_string())?;
+        let by_sysctl = facts.memfd_noexec.is_some();
+        let filter_options = filter_options(&template, exec_fd, by_sysctl, facts.notify);
+        let filter = filter::compile(&template.syscalls, &filter_options)?;
         Ok(Self { template, open_files, filter: filter.into(), filter_options })
     }
 
@@ -235,6 +229,37 @@ impl Prepared {
             }
             (None, _) => Exec::Memfd,
         }
+    }
+}
+
+/// Whether the filter of a template can be made, on whichever host it will be.
+///
+/// # Errors
+/// Those of [`filter::compile`].
+pub fn check_filter(template: &Template) -> Result<(), FilterError> {
+    // Which number it is makes no difference.
+    let exec_fd = limits::parking_place(0);
+    for (by_sysctl, notify) in [(false, false), (false, true), (true, false), (true, true)] {
+        let options = filter_options(template, exec_fd, by_sysctl, notify);
+        filter::compile(&template.syscalls, &options)?;
+    }
+    Ok(())
+}
+
+/// `by_sysctl`: whether the kernel itself can refuse executable memfds.
+fn filter_options(
+    template: &Template,
+    exec_fd: i32,
+    by_sysctl: bool,
+    notify: bool,
+) -> FilterOptions {
+    FilterOptions {
+        network: template.network,
+        refuse_exec_memfd: !template.filesystem.tmp_exec && !by_sysctl,
+        refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
+        exec_fd,
+        control_fd: exec_fd + 1,
+        notify,
     }
 }
 

@@ -16,11 +16,12 @@ use super::{
 };
 use crate::{
     jail::{
+        decide,
         plan::{
             Allowed, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template, TemplateId,
             TemplateSet,
         },
-        seccomp::{deadly, profile::default_profile, syscalls},
+        seccomp::{deadly, filter::FilterError, profile::default_profile, syscalls},
     },
     names::Digest,
     sys,
@@ -147,6 +148,11 @@ fn compile(
             })
             .collect();
         let family = PolicyFamily { base, overrides };
+        // Overrides have the same system calls, network and binds.
+        let filter = template(&family.base, user.clone()).map(|base| decide::check_filter(&base));
+        if let Some(Err(error)) = filter {
+            faults.push(filter_fault(&policy.resolved, &error));
+        }
         let variants = family.overrides.iter().map(|(_, policy)| policy);
         templates.extend(
             std::iter::once(&family.base)
@@ -305,6 +311,16 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
         }
         Some(user) => Some(user),
     }
+}
+
+/// The profile alone was found to be possible when it was read.
+fn filter_fault(holds: &Resolved, error: &FilterError) -> Fault {
+    let seccomp = &holds.seccomp;
+    let places = [&seccomp.profile.place, &seccomp.allow.place, &seccomp.deny.place];
+    let place = places.into_iter().find(|place| place.is_written());
+    let message = format!("the system calls of [seccomp] make no filter: {error}");
+    let help = "simplify the profile, or the lists allow and deny that change it";
+    Fault::new(place.unwrap_or(&seccomp.profile.place), message, help)
 }
 
 /// Seccomp profiles, each read once.

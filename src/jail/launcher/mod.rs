@@ -167,6 +167,8 @@ struct Launcher {
     buffer: Vec<u8>,
     fault: Fault,
     ending: Option<Instant>,
+    /// It ends because it can't do its work.
+    failed: bool,
 }
 
 impl Launcher {
@@ -194,6 +196,7 @@ impl Launcher {
             buffer: vec![0; MESSAGE_MAX],
             fault: Fault::from_environment(),
             ending: None,
+            failed: false,
         };
         launcher
             .watch(&launcher.monitor, Source::Monitor, EventFlags::IN)
@@ -225,6 +228,7 @@ impl Launcher {
             }
         }
         match self.hierarchy.close() {
+            Ok(()) if self.failed => ExitCode::FAILURE,
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 log(&format!("cgroups: {error}"));

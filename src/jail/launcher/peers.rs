@@ -36,7 +36,13 @@ impl Launcher {
         match (message, fds.pop()) {
             (FromMonitor::Policies, Some(fd)) => match self.load_policies(fd) {
                 Ok(digest) => self.tell(&FromLauncher::Ready { policy_set: digest }),
-                Err(error) => log(&format!("policies: {error}; the earlier ones stay")),
+                Err(error) => {
+                    // The server decides by that set already: calls would be
+                    // refused as stale for ever. The monitor tells of our end.
+                    log(&format!("the policies can't be enforced, so this is the end: {error}"));
+                    self.failed = true;
+                    self.end_all();
+                }
             },
             (FromMonitor::Server, Some(fd)) => self.take_server(fd),
             (other, _) => log(&format!("unexpected from the monitor: {other:?}")),
