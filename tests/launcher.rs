@@ -23,6 +23,7 @@ use dispatcher::{
             Allowed, Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId,
             TemplateSet,
         },
+        seccomp::{filter::sock_filter, notify},
     },
     names::{Digest, RunId},
     sys,
@@ -457,6 +458,52 @@ fn the_servers_end_ends_its_runs() {
     File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
     launcher.server = None;
     assert_eq!(io.read().0, ""); // end of file, not a hang
+}
+
+/// As within a container whose runtime listens to system calls itself.
+fn start_beneath_another_listener() -> Launcher {
+    const RET_ALLOW: sock_filter = sock_filter { code: 0x06, jt: 0, jf: 0, k: 0x7fff_0000 };
+    Launcher::start_prepared(template(), || {
+        rustix::thread::set_no_new_privs(true)?;
+        let listener = notify::install(&[RET_ALLOW], true)?.unwrap_or(-1);
+        sys::dup_to_inherited(listener, 9) // for as long as the launcher lives
+    })
+}
+
+#[test]
+fn a_deadly_call_that_nobody_names_is_told_all_the_same() {
+    let launcher = start_beneath_another_listener();
+    let shell = shell();
+    for script in [
+        "exec unshare -r true",
+        "(unshare -r true &); sleep 1000",
+        // Its parent has it to reap, and ends without.
+        "unshare -r true & exec sleep 0.5",
+    ] {
+        let (end, _, stderr) =
+            ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+        assert_eq!(end.denied_syscall.as_deref(), Some(""), "{script}: {end:?} {stderr}");
+        assert!(end.wall < Duration::from_secs(5), "{script}: {:?}", end.wall);
+    }
+    let script = "exit 3";
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+    assert_eq!((end.status, end.denied_syscall), (WaitStatus::Exited(3), None));
+}
+
+#[test]
+fn who_sends_himself_sigsys_has_made_no_deadly_call() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    for (script, status) in [
+        ("kill -SYS $$", WaitStatus::Signalled(libc::SIGSYS)),
+        ("sleep 1000 & kill -SYS $!; wait; exit 3", WaitStatus::Exited(3)),
+        ("(sleep 1000 & kill -SYS $!); sleep 0.2; exit 3", WaitStatus::Exited(3)),
+    ] {
+        let (end, ..) =
+            ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+        assert_eq!((end.status, end.denied_syscall), (status, None), "{script}");
+    }
 }
 
 /// Policies that can't be enforced are the launcher's end, not a silence that

@@ -70,7 +70,10 @@ pub struct Blueprint {
 pub struct Filter {
     /// The program.
     pub instructions: std::rc::Rc<[sock_filter]>,
-    /// Ask for a listener. Off where another tracer holds it: then deadly calls kill.
+    /// Ask for a listener. Off where another tracer holds it: then deadly calls
+    /// kill, unnamed. Init tells of every process that it reaps and that died so;
+    /// of one that its own parent reaps, nobody hears. And nothing tells such a
+    /// death from that of a program which sends itself SIGSYS.
     pub notify: bool,
 }
 

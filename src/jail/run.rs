@@ -13,7 +13,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -291,6 +291,7 @@ impl Run {
             Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
             Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
             Report::Failed(error) => self.fail(error, now),
+            Report::Denied => self.deny(String::new(), now),
         }
         Change::None
     }
@@ -486,9 +487,7 @@ impl Run {
             );
             let (errno, name) = match decision {
                 Decision::Deadly(name) => {
-                    self.denied.get_or_insert(name);
-                    self.stop(StopCause::Syscall, now);
-                    return;
+                    return self.deny(name, now);
                 }
                 Decision::Refuse(errno, name) => (errno, Some(name)),
                 // The filter asked about a call that its own rules allow: it can't be.
@@ -504,6 +503,12 @@ impl Run {
         if self.notices >= NOTICES_FREE {
             self.notices_resume = Some(now + NOTICES_PAUSE);
         }
+    }
+
+    /// A deadly call was made; its name, where it is known.
+    fn deny(&mut self, name: String, now: Instant) {
+        self.denied.get_or_insert(name);
+        self.stop(StopCause::Syscall, now);
     }
 
     fn note_refused(&mut self, name: String) {
@@ -534,7 +539,7 @@ impl Run {
             status: self.status,
             stopped: self.stopped,
             oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
-            denied_syscall: self.denied.clone().or_else(|| self.unnamed_denial()),
+            denied_syscall: self.denied.clone(),
             refused_syscalls: self.refused.clone(),
             // Before the filter, the last step but exec, nothing is complete.
             enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
@@ -546,21 +551,6 @@ impl Run {
             pids_peak: usage.pids_peak,
             quarantined: self.phase == Phase::Quarantined,
         }
-    }
-
-    /// Without a listener, a deadly call is the only way to die of SIGSYS that
-    /// the filter leaves.
-    fn unnamed_denial(&self) -> Option<String> {
-        let by_filter = !self.prepared.filter_options().notify
-            && self.enforced.contains(&Control::Seccomp)
-            && self.status == WaitStatus::Signalled(libc::SIGSYS);
-        by_filter.then(String::new)
-    }
-
-    /// Init's pidfd and control socket numbers, for epoll.
-    #[must_use]
-    pub fn watched(&self) -> [i32; 2] {
-        [self.pidfd.as_raw_fd(), self.control.as_raw_fd()]
     }
 }
 
