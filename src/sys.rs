@@ -419,7 +419,8 @@ pub fn wait_any(options: rustix::process::WaitIdOptions) -> Option<(i32, Ended)>
 /// without allocating: the packet's length and the number of descriptors.
 ///
 /// # Errors
-/// Those of recvmsg(2); EMSGSIZE for a packet or descriptors that did not fit.
+/// Those of recvmsg(2); EMSGSIZE for a packet or descriptors that did not fit,
+/// which are closed.
 pub fn receive_raw(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
@@ -435,18 +436,29 @@ pub fn receive_raw(
         }
     };
     let mut count = 0;
+    let mut fits = !received
+        .flags
+        .intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC);
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             for fd in rights {
-                let Some(slot) = fds.get_mut(count) else {
-                    return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-                };
-                *slot = std::os::fd::IntoRawFd::into_raw_fd(fd);
-                count += 1;
+                match fds.get_mut(count) {
+                    Some(slot) => {
+                        *slot = std::os::fd::IntoRawFd::into_raw_fd(fd);
+                        count += 1;
+                    }
+                    None => fits = false, // and it is closed here
+                }
             }
         }
     }
-    Ok((received.bytes, count))
+    if fits {
+        return Ok((received.bytes, count));
+    }
+    for fd in &fds[..count] {
+        close(*fd)?;
+    }
+    Err(io::Error::from_raw_os_error(libc::EMSGSIZE))
 }
 
 /// Sends one packet with at most one descriptor given by number.
@@ -545,4 +557,41 @@ impl Mapping {
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::os::unix::fs::MetadataExt as _;
+
+    /// How often this process has a file open, whatever other tests do meanwhile.
+    fn copies(file: &OwnedFd) -> usize {
+        let inode = |path: &std::path::Path| std::fs::metadata(path).map(|meta| meta.ino()).ok();
+        let ours = inode(format!("/proc/self/fd/{}", file.as_raw_fd()).as_ref());
+        let all = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        all.filter(|entry| inode(&entry.path()) == ours).count()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error_and_closed() {
+        let (one, other) = seqpacket_pair().unwrap();
+        let file = sealed_memfd(c"passed", &[], false).unwrap();
+        let three = [file.as_fd(), file.as_fd(), file.as_fd()];
+        for (bytes, descriptors) in [(4, 2), (5, 2), (4, 3)] {
+            send_packet(&one, &[7; 8][..bytes], &three[..descriptors]).unwrap();
+            let (mut buffer, mut fds) = ([0; 4], [-1; 2]);
+            match receive_raw(other.as_fd(), &mut buffer, &mut fds) {
+                Ok(received) => {
+                    assert_eq!(received, (4, 2));
+                    fds.iter().for_each(|fd| close(*fd).unwrap());
+                }
+                Err(error) => {
+                    assert!(bytes > 4 || descriptors > 2);
+                    assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE));
+                }
+            }
+            assert_eq!(copies(&file), 1, "{bytes} bytes, {descriptors} descriptors");
+        }
+    }
 }

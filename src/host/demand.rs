@@ -1,6 +1,6 @@
 //! Whether this host can enforce a policy.
 
-use super::{Feature, Host, Subject, chain};
+use super::{Feature, Host, Subject};
 use crate::{
     jail::{
         cgroup::{CgroupError, CgroupLimits},
@@ -177,7 +177,7 @@ impl Host {
                 }
                 Err(error) => {
                     let subject = Subject::Control(Control::CgroupKill);
-                    found.push(Shortfall { subject, why: chain(&error), mend: String::new() });
+                    found.push(Shortfall { subject, why: error.in_full(), mend: String::new() });
                     return found;
                 }
             }

@@ -164,6 +164,8 @@ struct Launcher {
     scheduled: HashMap<u64, Instant>,
     outbox: VecDeque<Vec<u8>>,
     leftovers: Vec<Leftover>,
+    /// When they are looked at again.
+    leftovers_due: Option<Instant>,
     buffer: Vec<u8>,
     fault: Fault,
     ending: Option<Instant>,
@@ -175,7 +177,10 @@ impl Launcher {
     fn new(monitor: OwnedFd, config: &LauncherConfig) -> Result<Self, String> {
         let facts = Facts::find_out().map_err(|error| format!("this host: {error}"))?;
         let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance, &our_processes())
-            .map_err(|error| format!("cgroups: {error}"))?;
+            .map_err(|error| format!("cgroups: {}", error.in_full()))?;
+        for leftover in hierarchy.leftovers() {
+            log(&format!("left by a dispatcher that died, and can't be removed: {leftover}"));
+        }
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
         let launcher = Self {
@@ -193,6 +198,7 @@ impl Launcher {
             scheduled: HashMap::new(),
             outbox: VecDeque::new(),
             leftovers: Vec::new(),
+            leftovers_due: None,
             buffer: vec![0; MESSAGE_MAX],
             fault: Fault::from_environment(),
             ending: None,
@@ -231,7 +237,7 @@ impl Launcher {
             Ok(()) if self.failed => ExitCode::FAILURE,
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                log(&format!("cgroups: {error}"));
+                log(&format!("cgroups: {}", error.in_full()));
                 ExitCode::FAILURE
             }
         }
@@ -239,14 +245,8 @@ impl Launcher {
 
     fn wait(&mut self, tokens: &mut Vec<u64>) -> io::Result<()> {
         let now = Instant::now();
-        let mut deadline = self.timers.first().map(|(at, _)| *at);
-        if !self.leftovers.is_empty() {
-            let retry = now + QUARANTINE_RETRY;
-            deadline = Some(deadline.map_or(retry, |at| at.min(retry)));
-        }
-        if let Some(end) = self.ending {
-            deadline = Some(deadline.map_or(end, |at| at.min(end)));
-        }
+        let timer = self.timers.first().map(|(at, _)| *at);
+        let deadline = [timer, self.leftovers_due, self.ending].into_iter().flatten().min();
         let timeout = deadline.map(|at| {
             let left = at.saturating_duration_since(now);
             rustix::event::Timespec {

@@ -4,7 +4,7 @@ use std::{os::fd::OwnedFd, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{Launcher, Leftover, Source, log, reap};
+use super::{Launcher, Leftover, QUARANTINE_RETRY, Source, log, reap};
 use crate::jail::{
     identity::HostIds,
     message::FromLauncher,
@@ -144,7 +144,9 @@ impl Launcher {
             self.reschedule(serial);
             self.rearm_listener(serial);
         }
-        self.retry_leftovers();
+        if self.leftovers_due.is_some_and(|due| due <= now) {
+            self.retry_leftovers(now);
+        }
     }
 
     /// Init is dead, and with it everything in its pid namespace. The answer
@@ -185,6 +187,7 @@ impl Launcher {
             }
             Err(cgroup) => {
                 self.leftovers.push(Leftover { cgroup, ids: run.ids.take(), run: run.id });
+                self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
                 false
             }
         }
@@ -196,7 +199,7 @@ impl Launcher {
         }
     }
 
-    fn retry_leftovers(&mut self) {
+    fn retry_leftovers(&mut self, now: Instant) {
         for leftover in std::mem::take(&mut self.leftovers) {
             match leftover.cgroup.remove() {
                 Ok(()) => {
@@ -207,6 +210,7 @@ impl Launcher {
                 Err(cgroup) => self.leftovers.push(Leftover { cgroup, ..leftover }),
             }
         }
+        self.leftovers_due = (!self.leftovers.is_empty()).then(|| now + QUARANTINE_RETRY);
     }
 }
 
