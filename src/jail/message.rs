@@ -24,9 +24,6 @@ use crate::{
 /// executable, input) travel as memfds.
 pub const MESSAGE_MAX: usize = 16 << 10;
 
-/// Most descriptors with one message.
-pub const MESSAGE_FDS_MAX: usize = 8;
-
 /// Most bytes of argv and environment together, as execve(2) counts their text.
 pub const CALL_BLOB_MAX: usize = 1 << 20;
 

@@ -439,7 +439,7 @@ impl Run {
     fn check_cpu(&mut self, now: Instant) {
         let Some(limit) = self.cpu_limit else { return };
         let used = match self.cgroup.as_ref().map(Cgroup::cpu_usage) {
-            Some(Ok(usage)) => usage.user + usage.system,
+            Some(Ok(usage)) => usage.total(),
             // A limit that can't be watched is not in force: end the run.
             _ => limit,
         };
