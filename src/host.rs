@@ -197,15 +197,8 @@ fn cgroup_finding(control: Control, hierarchy: &Result<Hierarchy, CgroupError>) 
         },
         Err(error) => {
             let mend = "correct [server] cgroup_parent in the server's own file";
-            Err(Trouble::new(chain(error), mend))
+            Err(Trouble::new(error.in_full(), mend))
         }
     };
     Finding::new(control, result)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }

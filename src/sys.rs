@@ -54,16 +54,36 @@ pub fn send_packet(
     Ok(())
 }
 
+/// A packet as it came.
+#[derive(Debug)]
+pub struct Packet {
+    /// How much of the buffer it fills.
+    pub length: usize,
+    /// Its descriptors, close-on-exec. `None` where some were lost: this
+    /// process can have no more of them, cmsg(3). What did come is closed.
+    pub descriptors: Option<Vec<OwnedFd>>,
+}
+
 /// Receives one packet into `buffer`, its descriptors close-on-exec.
 /// `Ok(None)` is the end: the peer closed.
 ///
 /// # Errors
-/// Those of recvmsg(2); `EMSGSIZE` for a packet that did not fit, whose
-/// descriptors are closed.
+/// Those of recvmsg(2); `EMSGSIZE` for a packet that did not fit, or whose
+/// descriptors did not; they are closed.
 pub fn receive_packet(
     socket: impl AsFd,
     buffer: &mut [u8],
 ) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+    let Some(packet) = receive_bytes(socket, buffer)? else { return Ok(None) };
+    let too_many = || io::Error::from_raw_os_error(libc::EMSGSIZE);
+    Ok(Some((packet.length, packet.descriptors.ok_or_else(too_many)?)))
+}
+
+/// [`receive_packet`], but that lost descriptors don't lose the bytes.
+///
+/// # Errors
+/// Those of recvmsg(2); `EMSGSIZE` for bytes that did not fit.
+pub fn receive_bytes(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<Packet>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received =
@@ -74,14 +94,15 @@ pub fn receive_packet(
             descriptors.extend(fds);
         }
     }
-    let flags = received.flags;
-    if flags.intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC) {
+    if received.flags.contains(rustix::net::ReturnFlags::TRUNC) {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
-    if received.bytes == 0 && descriptors.is_empty() {
+    let lost = received.flags.contains(rustix::net::ReturnFlags::CTRUNC);
+    if received.bytes == 0 && descriptors.is_empty() && !lost {
         return Ok(None);
     }
-    Ok(Some((received.bytes, descriptors)))
+    let descriptors = (!lost).then_some(descriptors);
+    Ok(Some(Packet { length: received.bytes, descriptors }))
 }
 
 /// A memfd holding `content`, sealed against every change, reopened read-only
@@ -398,7 +419,8 @@ pub fn wait_any(options: rustix::process::WaitIdOptions) -> Option<(i32, Ended)>
 /// without allocating: the packet's length and the number of descriptors.
 ///
 /// # Errors
-/// Those of recvmsg(2); EMSGSIZE for a packet or descriptors that did not fit.
+/// Those of recvmsg(2); EMSGSIZE for a packet or descriptors that did not fit,
+/// which are closed.
 pub fn receive_raw(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
@@ -414,18 +436,29 @@ pub fn receive_raw(
         }
     };
     let mut count = 0;
+    let mut fits = !received
+        .flags
+        .intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC);
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             for fd in rights {
-                let Some(slot) = fds.get_mut(count) else {
-                    return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-                };
-                *slot = std::os::fd::IntoRawFd::into_raw_fd(fd);
-                count += 1;
+                match fds.get_mut(count) {
+                    Some(slot) => {
+                        *slot = std::os::fd::IntoRawFd::into_raw_fd(fd);
+                        count += 1;
+                    }
+                    None => fits = false, // and it is closed here
+                }
             }
         }
     }
-    Ok((received.bytes, count))
+    if fits {
+        return Ok((received.bytes, count));
+    }
+    for fd in &fds[..count] {
+        close(*fd)?;
+    }
+    Err(io::Error::from_raw_os_error(libc::EMSGSIZE))
 }
 
 /// Sends one packet with at most one descriptor given by number.
@@ -524,4 +557,41 @@ impl Mapping {
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::os::unix::fs::MetadataExt as _;
+
+    /// How often this process has a file open, whatever other tests do meanwhile.
+    fn copies(file: &OwnedFd) -> usize {
+        let inode = |path: &std::path::Path| std::fs::metadata(path).map(|meta| meta.ino()).ok();
+        let ours = inode(format!("/proc/self/fd/{}", file.as_raw_fd()).as_ref());
+        let all = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        all.filter(|entry| inode(&entry.path()) == ours).count()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error_and_closed() {
+        let (one, other) = seqpacket_pair().unwrap();
+        let file = sealed_memfd(c"passed", &[], false).unwrap();
+        let three = [file.as_fd(), file.as_fd(), file.as_fd()];
+        for (bytes, descriptors) in [(4, 2), (5, 2), (4, 3)] {
+            send_packet(&one, &[7; 8][..bytes], &three[..descriptors]).unwrap();
+            let (mut buffer, mut fds) = ([0; 4], [-1; 2]);
+            match receive_raw(other.as_fd(), &mut buffer, &mut fds) {
+                Ok(received) => {
+                    assert_eq!(received, (4, 2));
+                    fds.iter().for_each(|fd| close(*fd).unwrap());
+                }
+                Err(error) => {
+                    assert!(bytes > 4 || descriptors > 2);
+                    assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE));
+                }
+            }
+            assert_eq!(copies(&file), 1, "{bytes} bytes, {descriptors} descriptors");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use common::{
     Call, Dispatcher, Facts,
-    dispatcher::{binary, plain},
+    dispatcher::{binary, direct, plain},
     host, not_here,
     programs::{self, Background},
     rootless, scaled_ms, shared, skip, slowness, token, wait_until,
@@ -30,7 +30,7 @@ fn dispatcher() -> &'static Dispatcher {
             ("exec-tmp", plain("[filesystem]\ntmp_exec = true\n")),
             ("loopback", plain("[network]\nmode = \"loopback\"\n")),
             ("soon", plain(&soon)),
-            ("direct", plain("mode = \"direct\"\n[limits]\npids = 64\n")),
+            ("direct", direct("[limits]\npids = 64\n")),
             (
                 "many",
                 plain(

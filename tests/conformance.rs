@@ -12,7 +12,7 @@ use std::{
 use common::{
     Call, Dispatcher, Facts, Reply,
     client::to_duration,
-    dispatcher::{best_effort, plain},
+    dispatcher::{best_effort, direct, own_user, plain},
     host, programs, rootless, scaled_ms, shared, token, wait_until,
 };
 use dispatcher::{
@@ -30,21 +30,25 @@ fn dispatcher() -> &'static Dispatcher {
     shared(&SERVER, || {
         let mut policies = vec![];
         for (mode, _) in MODES {
-            let head = plain(&format!("mode = \"{mode}\"\n"));
+            let (policy, user): (fn(&str) -> String, _) =
+                if mode == "direct" { (direct, own_user()) } else { (plain, String::new()) };
             policies.extend([
                 (
                     mode.to_owned(),
-                    format!(
-                        "{head}[limits]\nmemory = \"96MiB\"\noutput = \"64KiB\"\nstderr = \"1KiB\"\n\
-                         [environment]\nallow = [\"EXTRA\"]\n"
+                    policy(
+                        "[limits]\nmemory = \"96MiB\"\noutput = \"64KiB\"\nstderr = \"1KiB\"\n\
+                         [environment]\nallow = [\"EXTRA\"]\n",
                     ),
                 ),
-                (format!("{mode}-collector"), format!("mode = \"{mode}\"\n{}", best_effort())),
+                (
+                    format!("{mode}-collector"),
+                    format!("mode = \"{mode}\"\n{}{user}", best_effort()),
+                ),
                 (
                     format!("{mode}-quick"),
-                    format!("{head}[limits]\ntimeout = \"{}ms\"\n", scaled_ms(300)),
+                    policy(&format!("[limits]\ntimeout = \"{}ms\"\n", scaled_ms(300))),
                 ),
-                (format!("{mode}-cpu"), format!("{head}[limits]\ncpu_time = \"400ms\"\n")),
+                (format!("{mode}-cpu"), policy("[limits]\ncpu_time = \"400ms\"\n")),
             ]);
         }
         Dispatcher::start(policies)
@@ -384,15 +388,20 @@ fn requests_tighten_by_options_or_context() {
 }
 
 #[test]
-fn direct_mode_runs_as_nobody_in_a_pid_namespace() {
+fn direct_mode_runs_as_its_user_in_a_pid_namespace() {
     let facts = dispatcher()
         .run("direct", "facts", &["identity", "descriptors", "process", "capabilities"])
         .ok()
         .facts();
-    if !rootless() {
-        assert_ne!(facts.one("uid").split(' ').next(), Some("0"));
-        assert_eq!(facts.all("group").iter().filter(|group| **group == "0").count(), 0);
-    }
+    let user = if rootless() {
+        nix::unistd::User::from_uid(nix::unistd::geteuid())
+    } else {
+        nix::unistd::User::from_name("nobody")
+    };
+    let user = user.unwrap().unwrap();
+    assert_eq!(facts.one("uid"), format!("{0} {0} {0}", user.uid));
+    assert_eq!(facts.one("gid"), format!("{0} {0} {0}", user.gid));
+    assert_eq!(facts.all("group").iter().filter(|group| **group == "0").count(), 0);
     assert_eq!(facts.all("fd"), ["0", "1", "2"]);
     assert_eq!(facts.one("ppid"), "1");
     assert_eq!(facts.one("no_new_privs"), "1");

@@ -62,6 +62,7 @@ fn dispatcher() -> &'static Dispatcher {
             ("empty", plain("")),
             ("host", plain("[filesystem]\nroot = \"host\"\n")),
             ("directory", plain(&format!("[filesystem]\nroot = {root:?}\n"))),
+            ("bound", bound_programs()),
             ("loopback", plain("[network]\nmode = \"loopback\"\n")),
             ("hostnet", plain("[network]\nmode = \"host\"\n")),
             ("models", bind("models", "/models", true)),
@@ -77,6 +78,23 @@ fn dispatcher() -> &'static Dispatcher {
         ])
     })
 }
+
+/// An empty root with what dynamic programs and shell scripts need, bound read-only.
+fn bound_programs() -> String {
+    let mut binds = vec![];
+    for shown in [LOADER, "/lib/x86_64-linux-gnu", "/bin/sh"] {
+        // A link is not bound; what it leads to, under the link's name, is.
+        if let Ok(source) = fs::canonicalize(shown) {
+            binds.push(format!("{{ source = {source:?}, target = {shown:?}, read_only = true }}"));
+        }
+    }
+    plain(&format!(
+        "[filesystem]\nbind = [{}]\n[artifacts]\ninterpreters = [\"/bin/sh\"]\n",
+        binds.join(", ")
+    ))
+}
+
+const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 
 #[track_caller]
 fn inside(namespace: &str, chapters: &[&str]) -> Facts {
@@ -401,6 +419,15 @@ fn dynamic_programs_run_in_the_host_root() {
     dispatcher()
         .run("empty", "act-dynamic", &["print", "linked"])
         .refused(Code::InvalidArgument, "loader_missing");
+}
+
+/// Also where Landlock says over again what may be executed.
+#[test]
+fn loader_and_interpreter_may_be_bound() {
+    let reply = dispatcher().run("bound", "act-dynamic", &["print", "linked"]).ok();
+    assert_eq!(reply.text(), "linked");
+    let script = Call::of("bound", "#!/bin/sh\necho interpreted\n");
+    assert_eq!(dispatcher().call(script).ok().text(), "interpreted\n");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Read,
+    io::{Read, Write as _},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::process::CommandExt,
@@ -16,12 +16,14 @@ use std::{
 use dispatcher::{
     jail::{
         message::{
-            End, FromLauncher, FromMonitor, FromServer, Launch, LauncherConfig, MESSAGE_MAX,
-            Refusal, StopCause, WaitStatus,
+            End, Exhausted, FromLauncher, FromMonitor, FromServer, Launch, LauncherConfig,
+            MESSAGE_MAX, Refusal, StopCause, WaitStatus,
         },
         plan::{
-            Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId, TemplateSet,
+            Allowed, Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId,
+            TemplateSet,
         },
+        seccomp::{filter::sock_filter, notify},
     },
     names::{Digest, RunId},
     sys,
@@ -35,10 +37,30 @@ struct Launcher {
     child: Child,
     monitor: Option<OwnedFd>,
     server: Option<OwnedFd>,
+    /// It is to end with a failure.
+    fails: bool,
 }
 
 impl Launcher {
     fn start(template: Template) -> Self {
+        Self::start_prepared(template, || Ok(()))
+    }
+
+    /// `prepare` runs in the process before it becomes the launcher: only
+    /// system calls.
+    fn start_prepared(
+        template: Template,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        let launcher = Self::start_unready(template, prepare);
+        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
+        launcher
+    }
+
+    fn start_unready(
+        template: Template,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let (ours, theirs) = sys::seqpacket_pair().unwrap();
         let mut command = Command::new(dispatcher_binary());
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
@@ -46,7 +68,7 @@ impl Launcher {
         // SAFETY: dup2 is async-signal-safe.
         #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]
         unsafe {
-            command.pre_exec(move || sys::dup_to_inherited(raw, 3))
+            command.pre_exec(move || sys::dup_to_inherited(raw, 3).and_then(|()| prepare()))
         };
         let child = command.spawn().unwrap();
         drop(theirs);
@@ -67,9 +89,7 @@ impl Launcher {
         let (server, theirs) = sys::seqpacket_pair().unwrap();
         send(&ours, &FromMonitor::Server, &[&theirs]);
         drop(theirs);
-        let launcher = Self { child, monitor: Some(ours), server: Some(server) };
-        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
-        launcher
+        Self { child, monitor: Some(ours), server: Some(server), fails: false }
     }
 
     fn next(&self) -> FromLauncher {
@@ -103,17 +123,12 @@ impl Launcher {
     }
 
     fn launch(&self, launch: &Launch, call: &[&str], executable: &[u8], io: &mut Io) {
-        let executable = sys::sealed_memfd(c"exe", &[executable], true).unwrap();
-        let stdin = sys::sealed_memfd(c"stdin", &[], false).unwrap();
-        let blob: Vec<u8> =
-            call.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
-        let blob = sys::sealed_memfd(c"call", &[&blob], false).unwrap();
-        let (stdout, stderr) = (io.stdout.1.take().unwrap(), io.stderr.1.take().unwrap());
-        send(
-            self.server.as_ref().unwrap(),
-            &FromServer::Launch(launch.clone()),
-            &[&executable, &stdin, &stdout, &stderr, &blob],
-        );
+        self.launch_with(launch, &descriptors(call, executable, io));
+    }
+
+    fn launch_with(&self, launch: &Launch, descriptors: &[OwnedFd]) {
+        let descriptors: Vec<_> = descriptors.iter().collect();
+        send(self.server.as_ref().unwrap(), &FromServer::Launch(launch.clone()), &descriptors);
     }
 }
 
@@ -123,7 +138,7 @@ impl Drop for Launcher {
         self.monitor = None;
         let status = self.child.wait().unwrap();
         if !std::thread::panicking() {
-            assert!(status.success(), "{status}");
+            assert_eq!(status.success(), !self.fails, "{status}");
         }
     }
 }
@@ -156,6 +171,18 @@ impl Io {
         };
         (all(self.stdout.0), all(self.stderr.0))
     }
+}
+
+/// What a launch takes, in its order: executable, stdin, stdout, stderr, call.
+fn descriptors(call: &[&str], executable: &[u8], io: &mut Io) -> [OwnedFd; 5] {
+    let blob: Vec<u8> = call.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
+    [
+        sys::sealed_memfd(c"exe", &[executable], true).unwrap(),
+        sys::sealed_memfd(c"stdin", &[], false).unwrap(),
+        io.stdout.1.take().unwrap(),
+        io.stderr.1.take().unwrap(),
+        sys::sealed_memfd(c"call", &[&blob], false).unwrap(),
+    ]
 }
 
 /// Elsewhere in the VM, where nothing is built.
@@ -287,6 +314,58 @@ fn a_captured_server_gets_no_more_than_its_template() {
     assert!(ask(&|_| (), &["sh", "-c", "true", "LD_PRELOAD=/x"]).contains("LD_PRELOAD"));
     assert!(ask(&|_| (), &["sh", "-c", "true", "PATH=/evil"]).contains("PATH"));
     assert!(ask(&|_| (), &["sh", "-c", "true", "nonsense"]).contains("no `=`"));
+    assert!(ask(&|l| l.envc = 2, &["sh", "-c", "true", PATH, PATH]).contains("given twice"));
+}
+
+/// Descriptors that are not what they must be could change under way, or be a
+/// way out of the jail.
+#[test]
+fn a_captured_server_gives_nothing_but_sealed_files_and_pipes() {
+    const PLACES: [&str; 5] = ["executable", "stdin", "stdout", "stderr", "call"];
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let refused = |place: usize, other: OwnedFd| {
+        let mut io = Io::new();
+        let launch = launch(3, 1, shell.len());
+        let mut given = descriptors(&["sh", "-c", "true", PATH], &shell, &mut io);
+        given[place] = other;
+        launcher.launch_with(&launch, &given);
+        match launcher.next() {
+            FromLauncher::Refused { refusal: Refusal::Invalid { what }, .. } => {
+                assert!(what.contains(PLACES[place]), "{}: {what}", PLACES[place]);
+            }
+            next => panic!("{}: {next:?}", PLACES[place]),
+        }
+    };
+    let open = |path: &str| OwnedFd::from(File::open(path).unwrap());
+    let unsealed = |content: &[u8]| {
+        let mut file = File::from(
+            rustix::fs::memfd_create(c"open", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap(),
+        );
+        file.write_all(content).unwrap();
+        OwnedFd::from(file)
+    };
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    refused(0, unsealed(&shell));
+    refused(0, open("/bin/sh"));
+    refused(4, unsealed(b"sh\0-c\0true\0PATH=/usr/bin:/bin\0"));
+    refused(1, unsealed(b""));
+    refused(1, open("/dev/null"));
+    refused(1, pipe().0);
+    for place in [2, 3] {
+        refused(place, open("/"));
+        refused(place, open("/dev/null"));
+        refused(place, unsealed(b""));
+        refused(place, pipe().0);
+        refused(place, sys::seqpacket_pair().unwrap().0);
+        // Both ends in one: what is written could be read back.
+        let (reader, _writer) = pipe();
+        let path = format!("/proc/self/fd/{}", reader.as_raw_fd());
+        refused(place, File::options().read(true).write(true).open(path).unwrap().into());
+    }
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", "exit 3", PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(3));
 }
 
 #[test]
@@ -317,6 +396,59 @@ fn a_stopped_run_is_gone_and_says_why() {
     assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
 }
 
+/// Stopped at any moment of its making, a run is told as stopped: what fails
+/// because it is being killed is no failure of its own.
+#[test]
+fn a_run_stopped_while_it_is_built_never_started() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    for pause in (0..40).map(|step| Duration::from_micros(100 * step)) {
+        let launch = launch(3, 1, shell.len());
+        let mut io = Io::new();
+        launcher.launch(&launch, &["sh", "-c", "sleep 1000", PATH], &shell, &mut io);
+        std::thread::sleep(pause);
+        let stop = FromServer::Stop { run: launch.run, cause: StopCause::Cancelled };
+        send(launcher.server.as_ref().unwrap(), &stop, &[]);
+        let mut next = launcher.next();
+        let started = matches!(next, FromLauncher::Started { .. });
+        if started {
+            next = launcher.next();
+        }
+        let FromLauncher::Ended { end, .. } = next else { panic!("{pause:?}: {next:?}") };
+        assert_eq!(end.stopped, Some(StopCause::Cancelled), "{pause:?}");
+        assert!(started || end.enforced.is_empty(), "{pause:?}: {:?}", end.enforced);
+    }
+}
+
+#[test]
+fn a_run_whose_init_is_killed_ends() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    let mut io = Io::new();
+    let launch = launch(3, 1, shell.len());
+    let script = "setsid sleep 1000 & echo up; sleep 1000";
+    launcher.launch(&launch, &["sh", "-c", script, PATH], &shell, &mut io);
+    let mut line = [0; 3];
+    File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
+    let id = launcher.child.id();
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    let init = children.trim().parse().unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(init).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    assert!(matches!(launcher.next(), FromLauncher::Started { .. }));
+    match launcher.next() {
+        FromLauncher::Ended { end, .. } => {
+            assert_eq!((end.status, end.stopped), (WaitStatus::Unknown, None));
+            assert!(!end.quarantined && !end.enforced.is_empty(), "{end:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(io.read().0, "");
+}
+
 #[test]
 fn the_servers_end_ends_its_runs() {
     let mut launcher = Launcher::start(template());
@@ -328,6 +460,124 @@ fn the_servers_end_ends_its_runs() {
     File::from(io.stdout.0.try_clone().unwrap()).read_exact(&mut line).unwrap();
     launcher.server = None;
     assert_eq!(io.read().0, ""); // end of file, not a hang
+}
+
+/// As within a container whose runtime listens to system calls itself.
+fn start_beneath_another_listener() -> Launcher {
+    const RET_ALLOW: sock_filter = sock_filter { code: 0x06, jt: 0, jf: 0, k: 0x7fff_0000 };
+    Launcher::start_prepared(template(), || {
+        rustix::thread::set_no_new_privs(true)?;
+        let listener = notify::install(&[RET_ALLOW], true)?.unwrap_or(-1);
+        sys::dup_to_inherited(listener, 9) // for as long as the launcher lives
+    })
+}
+
+#[test]
+fn a_deadly_call_that_nobody_names_is_told_all_the_same() {
+    let launcher = start_beneath_another_listener();
+    let shell = shell();
+    for script in [
+        "exec unshare -r true",
+        "(unshare -r true &); sleep 1000",
+        // Its parent has it to reap, and ends without.
+        "unshare -r true & exec sleep 0.5",
+    ] {
+        let (end, _, stderr) =
+            ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+        assert_eq!(end.denied_syscall.as_deref(), Some(""), "{script}: {end:?} {stderr}");
+        assert!(end.wall < Duration::from_secs(5), "{script}: {:?}", end.wall);
+    }
+    let script = "exit 3";
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+    assert_eq!((end.status, end.denied_syscall), (WaitStatus::Exited(3), None));
+}
+
+#[test]
+fn who_sends_himself_sigsys_has_made_no_deadly_call() {
+    let launcher = Launcher::start(template());
+    let shell = shell();
+    for (script, status) in [
+        ("kill -SYS $$", WaitStatus::Signalled(libc::SIGSYS)),
+        ("sleep 1000 & kill -SYS $!; wait; exit 3", WaitStatus::Exited(3)),
+        ("(sleep 1000 & kill -SYS $!); sleep 0.2; exit 3", WaitStatus::Exited(3)),
+    ] {
+        let (end, ..) =
+            ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", script, PATH], &shell));
+        assert_eq!((end.status, end.denied_syscall), (status, None), "{script}");
+    }
+}
+
+/// Policies that can't be enforced are the launcher's end, not a silence that
+/// everybody waits in.
+#[test]
+fn a_template_that_makes_no_filter_ends_the_launcher() {
+    let mut template = template();
+    template.syscalls.allowed.insert(libc::SYS_unshare as u32, Allowed::Always);
+    let mut launcher = Launcher::start_unready(template, || Ok(()));
+    launcher.fails = true;
+    let server = launcher.server.as_ref().unwrap();
+    let heard = sys::receive_packet(server, &mut [0; MESSAGE_MAX]);
+    let closed = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    assert!(heard.as_ref().is_ok_and(Option::is_none) || heard.as_ref().is_err_and(closed));
+    // Though the monitor's socket is still open.
+    assert!(!launcher.child.wait().unwrap().success());
+}
+
+/// A limit of open files for the launcher, and a template that fits beneath it.
+fn start_with_open_files(limit: u64) -> Launcher {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let mut template = template();
+    template.limits.open_files = Limit::At(16);
+    let both = move || Rlimit { current: Some(limit), maximum: Some(limit) };
+    Launcher::start_prepared(template, move || Ok(setrlimit(Resource::Nofile, both())?))
+}
+
+#[test]
+fn runs_leave_the_launcher_descriptors_to_go_on_with() {
+    let launcher = start_with_open_files(130);
+    let shell = shell();
+    let mut runs = vec![];
+    let refusal = loop {
+        assert!(runs.len() < 10, "no end of runs");
+        let (launch, mut io) = (launch(3, 1, shell.len()), Io::new());
+        launcher.launch(&launch, &["sh", "-c", "cat; sleep 1000", PATH], &shell, &mut io);
+        match launcher.next() {
+            FromLauncher::Started { .. } => runs.push((launch.run, io)),
+            FromLauncher::Refused { refusal, .. } => break refusal,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(refusal, Refusal::Exhausted(Exhausted::Descriptors));
+    assert!(runs.len() >= 4, "{} runs at once", runs.len());
+    // What ends makes room.
+    let (run, _io) = runs.pop().unwrap();
+    let stop = FromServer::Stop { run, cause: StopCause::Cancelled };
+    send(launcher.server.as_ref().unwrap(), &stop, &[]);
+    assert!(matches!(launcher.next(), FromLauncher::Ended { .. }));
+    let (end, ..) =
+        ended(launcher.run(launch(3, 1, shell.len()), &["sh", "-c", "exit 3", PATH], &shell));
+    assert_eq!(end.status, WaitStatus::Exited(3));
+}
+
+/// The one launch whose descriptors can't be had is refused, by name.
+#[test]
+fn a_launch_without_room_for_its_descriptors_is_refused() {
+    let launcher = start_with_open_files(40);
+    let null = OwnedFd::from(File::open("/dev/null").unwrap());
+    let many = [&null; sys::FDS_MAX];
+    for fds in [&many[..], &[]] {
+        let launch = launch(3, 1, 1);
+        send(launcher.server.as_ref().unwrap(), &FromServer::Launch(launch.clone()), fds);
+        match launcher.next() {
+            FromLauncher::Refused { run, refusal } => {
+                assert_eq!(run, launch.run);
+                let lost = refusal == Refusal::Exhausted(Exhausted::Descriptors);
+                assert_eq!(lost, !fds.is_empty(), "{refusal:?}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]

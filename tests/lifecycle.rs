@@ -12,7 +12,7 @@ use std::{
 
 use common::{
     Call, Dispatcher, Reply, Settings, client,
-    dispatcher::{Running, plain},
+    dispatcher::{Running, direct, plain},
     host, patience, rootless, scaled_ms, slowness, token, wait_for, wait_until,
 };
 use dispatcher::wire::{Verdict, status::Code};
@@ -261,9 +261,8 @@ fn kills_at_any_moment_leave_nothing() {
 
 #[test]
 fn the_monitors_death_is_the_end_of_all() {
-    let prepared = Settings::new([("jail", plain("")), ("direct", plain("mode = \"direct\"\n"))])
-        .unix_socket()
-        .prepare();
+    let prepared =
+        Settings::new([("jail", plain("")), ("direct", direct(""))]).unix_socket().prepare();
     let mut cgroups = BTreeSet::new();
     for namespace in ["jail", "direct"] {
         let dispatcher = prepared.start();
@@ -320,13 +319,8 @@ fn holdings(dispatcher: &Dispatcher) -> [(Option<usize>, u64); 2] {
 /// Thousands of calls leave as many descriptors, cgroups and processes as before.
 #[test]
 fn nothing_adds_up() {
-    let policy = plain(
-        "[admission]\nconcurrency = 16\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n[limits]\nmemory = \"64MiB\"\n",
-    );
-    let dispatcher = Dispatcher::start([
-        ("jail", policy.clone()),
-        ("direct", format!("mode = \"direct\"\n{policy}")),
-    ]);
+    let tables = "[admission]\nconcurrency = 16\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n[limits]\nmemory = \"64MiB\"\n";
+    let dispatcher = Dispatcher::start([("jail", plain(tables)), ("direct", direct(tables))]);
     let total = (2000.0 / slowness()) as usize;
     let batch = |count: usize| {
         for start in (0..count).step_by(32) {

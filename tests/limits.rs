@@ -6,7 +6,7 @@ use std::{fs, path::Path, sync::OnceLock, time::Duration};
 
 use common::{
     Call, Dispatcher, Reply,
-    dispatcher::{best_effort, plain},
+    dispatcher::{best_effort, direct, plain},
     host, patience, programs, scaled_ms, shared, token, wait_until,
 };
 use dispatcher::wire::{Verdict, status::Code};
@@ -31,9 +31,10 @@ fn dispatcher() -> &'static Dispatcher {
         let bind =
             format!("bind = [{{ source = {:?}, target = \"/data\", read_only = true }}]", data());
         let policy = |mode: &str, limits: &str| {
-            plain(&format!(
-                "mode = \"{mode}\"\n[limits]\n{limits}\n[admission]\nconcurrency = 64\nqueue_timeout = \"2m\"\n"
-            ))
+            let tables = format!(
+                "[limits]\n{limits}\n[admission]\nconcurrency = 64\nqueue_timeout = \"2m\"\n"
+            );
+            if mode == "direct" { direct(&tables) } else { plain(&tables) }
         };
         let mut policies = vec![
             (

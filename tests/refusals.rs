@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use common::{
     Call, Dispatcher, Reply, client,
-    dispatcher::{best_effort, plain},
-    programs, shared,
+    dispatcher::{best_effort, own_user, plain},
+    programs, rootless, shared,
 };
 use dispatcher::{
     names::Digest,
@@ -28,7 +28,8 @@ fn dispatcher() -> &'static Dispatcher {
         Dispatcher::start([
             ("open", plain("[limits]\nmemory = \"64MiB\"\ntimeout = \"10s\"\ncpus = 0.5\n")),
             ("other", plain("")),
-            ("both-modes", plain("allow_modes = [\"direct\"]\n")),
+            ("both-modes", plain(&format!("allow_modes = [\"direct\"]\n{}", own_user()))),
+            ("direct-nobody", plain("mode = \"direct\"\n")),
             ("narrow", plain("[services]\nallow = [\"greeter/*\", \"test/Only\"]\n")),
             (
                 "by-uri",
@@ -183,6 +184,21 @@ fn what_the_policy_does_not_allow() {
     call(Call::new("pinned", "act")).ok();
     let direct = call(Call::new("both-modes", "act").mode(ExecutionMode::Direct)).ok();
     assert_eq!(direct.report.mode(), ExecutionMode::Direct);
+}
+
+/// As the user that the policy names or not at all: never as the operator.
+#[test]
+fn direct_mode_becomes_its_user_or_refuses() {
+    let reply = call(Call::new("direct-nobody", "act"));
+    if rootless() {
+        let reply = reply.refused(Code::FailedPrecondition, "control_unavailable");
+        assert_eq!(reply.detail("control"), "host_uid");
+        for word in ["nobody", "as root", "[identity] user"] {
+            assert!(reply.message.contains(word), "{}", reply.message);
+        }
+    } else {
+        reply.ok();
+    }
 }
 
 #[test]

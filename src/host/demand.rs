@@ -1,14 +1,14 @@
 //! Whether this host can enforce a policy.
 
-use super::{Feature, Host, Subject, chain};
+use super::{Feature, Host, Subject};
 use crate::{
     jail::{
         cgroup::{CgroupError, CgroupLimits},
-        limits, namespaces,
+        identity, limits, namespaces,
         plan::{Control, Filesystem, Limits, Mode, Network},
         root::{self, Ownership},
     },
-    policy::Policy,
+    policy::{Policy, compile::host_user},
 };
 
 /// What a policy demands in one of its modes.
@@ -26,6 +26,8 @@ pub struct Demand<'a> {
     pub network: Network,
     /// Whether `[capabilities] keep` has any.
     pub keeps_capabilities: bool,
+    /// Whom direct mode runs programs as.
+    pub user: &'a str,
 }
 
 impl<'a> Demand<'a> {
@@ -39,6 +41,7 @@ impl<'a> Demand<'a> {
             filesystem: &policy.filesystem,
             network: policy.network,
             keeps_capabilities: !policy.keep_capabilities.is_empty(),
+            user: policy.direct_user(),
         })
     }
 }
@@ -74,8 +77,8 @@ impl Host {
             .collect();
         found.extend(self.cgroup_shortfalls(demand));
         if let Err(most) = limits::open_files(demand.limits, self.facts.open_files) {
-            // Two more: the executable and a socket are parked above.
-            let needed = demand.limits.open_files.finite().unwrap_or(most).saturating_add(2);
+            let wanted = demand.limits.open_files.finite().unwrap_or(most);
+            let needed = wanted.saturating_add(limits::PARKED);
             found.push(Shortfall {
                 subject: Subject::Control(Control::Rlimits),
                 why: format!("open_files is over {most}, the most that can be given here"),
@@ -89,6 +92,16 @@ impl Host {
                 subject: Subject::Control(Control::RootReadonly),
                 why: error.to_string(),
                 mend: String::new(),
+            });
+        }
+        if demand.mode == Mode::Direct
+            && let Some(user) = host_user(demand.user)
+            && let Some(lack) = identity::lacking_user(&user, self.facts.root, self.facts.own_ids.0)
+        {
+            found.push(Shortfall {
+                subject: Subject::Control(lack.control),
+                why: lack.why,
+                mend: lack.mend,
             });
         }
         found.retain(|one| !is_best_effort(demand, one.subject));
@@ -164,7 +177,7 @@ impl Host {
                 }
                 Err(error) => {
                     let subject = Subject::Control(Control::CgroupKill);
-                    found.push(Shortfall { subject, why: chain(&error), mend: String::new() });
+                    found.push(Shortfall { subject, why: error.in_full(), mend: String::new() });
                     return found;
                 }
             }

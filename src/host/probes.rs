@@ -1,6 +1,6 @@
 //! Each thing tried once, with the launcher's own functions.
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{ffi::CString, io, os::fd::AsRawFd as _};
 
 use rustix::{
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags},
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     jail::{
-        blueprint::INSIDE_ID,
+        blueprint::{INSIDE_ID, RootPlan},
         facts::Facts,
         identity::{self, IdMap, IdPool},
         landlock, limits, mounts, namespaces,
@@ -241,13 +241,15 @@ impl Probe<'_> {
     }
 
     fn landlock(&self) -> Finding {
-        let access = landlock::Access {
-            execute_root: false,
-            tmp: Some(false),
-            writable: &[],
-            network: Network::None,
+        // The host's own root serves for trying as well as a jail's.
+        let root = RootPlan {
+            size: CString::default(),
+            make_devices: false,
+            tmp: None,
+            pieces: Vec::new(),
         };
-        let Some(ruleset) = landlock::Ruleset::decide(self.facts.landlock_abi, &access) else {
+        let ruleset = landlock::Ruleset::decide(self.facts.landlock_abi, &root, Network::None);
+        let Some(ruleset) = ruleset else {
             let trouble = Trouble::new(
                 "the kernel has no Landlock, or it is switched off",
                 "boot with lsm=landlock,… before the others of /sys/kernel/security/lsm, or add \"landlock\" to best_effort",

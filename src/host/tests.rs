@@ -4,7 +4,10 @@ use std::{path::PathBuf, sync::MutexGuard};
 
 use super::*;
 use crate::{
-    jail::plan::{Bind, Filesystem, Limits, Mode, Network, Root},
+    jail::{
+        limits,
+        plan::{Bind, Filesystem, Limits, Mode, Network, Root},
+    },
     testing::cgroup_turn,
     units::Limit,
 };
@@ -28,6 +31,7 @@ fn demand<'a>(limits: &'a Limits, filesystem: &'a Filesystem) -> Demand<'a> {
         filesystem,
         network: Network::None,
         keeps_capabilities: false,
+        user: "nobody",
     }
 }
 
@@ -102,9 +106,28 @@ fn a_policy_lacks_what_the_host_lacks() {
 }
 
 #[test]
+fn direct_mode_can_be_had_as_a_user_that_can_be_become() {
+    let (host, _turn) = examine();
+    let (limits, filesystem) = (Limits::default(), filesystem(Vec::new()));
+    let direct = Demand { mode: Mode::Direct, ..demand(&limits, &filesystem) };
+    let wanting = |demand| {
+        let found = host.shortfalls(&demand);
+        found.into_iter().find(|one| one.subject == Subject::Control(Control::HostUid))
+    };
+    assert_eq!(wanting(direct).is_some(), !host.is_root(), "nobody");
+    let accepted = Demand { best_effort: &[Control::HostUid], ..direct };
+    assert_eq!(wanting(accepted), None);
+    let own = nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap();
+    if let Some(own) = own.filter(|own| !own.uid.is_root()) {
+        assert_eq!(wanting(Demand { user: &own.name, ..direct }), None);
+    }
+    host.close().unwrap();
+}
+
+#[test]
 fn what_a_policy_alone_asks_for_is_tried_too() {
     let (host, _turn) = examine();
-    let limits = Limits { open_files: Limit::At(u64::MAX), ..Limits::default() };
+    let limits = Limits { open_files: Limit::At(u64::MAX - 100), ..Limits::default() };
     let missing = Bind {
         source: PathBuf::from("/nonexistent/source"),
         target: PathBuf::from("/source"),
@@ -113,7 +136,11 @@ fn what_a_policy_alone_asks_for_is_tried_too() {
     let filesystem = filesystem(vec![missing]);
     let found = host.shortfalls(&demand(&limits, &filesystem));
     let about = |control| found.iter().find(|one| one.subject == Subject::Control(control));
-    assert!(about(Control::Rlimits).is_some_and(|one| one.mend.contains("LimitNOFILE=")));
+    let enough = u64::MAX - 97; // three are parked above the program's own
+    assert_eq!(limits::open_files(&limits, enough), Ok(u64::MAX - 100));
+    assert_eq!(limits::open_files(&limits, enough - 1), Err(u64::MAX - 101));
+    let mend = &about(Control::Rlimits).unwrap().mend;
+    assert!(mend.contains(&format!("LimitNOFILE={enough} ")), "{mend}");
     let root = about(Control::RootReadonly).unwrap();
     let told = host.finding(Subject::Control(Control::RootReadonly)).unwrap();
     assert!(!told.ok || root.why.contains("/nonexistent/source"), "{root:?}");

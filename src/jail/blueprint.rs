@@ -70,7 +70,10 @@ pub struct Blueprint {
 pub struct Filter {
     /// The program.
     pub instructions: std::rc::Rc<[sock_filter]>,
-    /// Ask for a listener. Off where another tracer holds it: then deadly calls kill.
+    /// Ask for a listener. Off where another tracer holds it: then deadly calls
+    /// kill, unnamed. Init tells of every process that it reaps and that died so;
+    /// of one that its own parent reaps, nobody hears. And nothing tells such a
+    /// death from that of a program which sends itself SIGSYS.
     pub notify: bool,
 }
 
@@ -150,7 +153,8 @@ pub struct BindPiece {
     pub target: CString,
     /// Whether it is a directory; otherwise a file is made to mount on.
     pub directory: bool,
-    /// Mount attributes, mount_setattr(2).
+    /// Mount attributes, mount_setattr(2). Landlock says the same over again:
+    /// executable where not NOEXEC, writable where not RDONLY.
     pub attributes: u64,
     /// A user namespace for an idmapped mount.
     pub idmap: Option<i32>,

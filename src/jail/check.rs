@@ -4,7 +4,11 @@
 //! what stands between it and the host. Nothing here believes the server: it
 //! can get what a loaded template gives, and no more.
 
-use std::{collections::BTreeSet, os::fd::AsFd, time::Duration};
+use std::{
+    collections::BTreeSet,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 use super::{
     message::{CALL_BLOB_MAX, Launch, LaunchFds, SCRIPT_PATH},
@@ -57,6 +61,7 @@ pub fn check(launch: &Launch, fds: &LaunchFds, template: &Template) -> Result<Ch
         return Err("cpus is over the policy's".into());
     }
     check_executable(launch, fds, template)?;
+    check_streams(fds, template)?;
     let call = read_call(fds)?;
     check_call(launch, template, &call)?;
     Ok(Checked {
@@ -84,6 +89,29 @@ fn check_executable(launch: &Launch, fds: &LaunchFds, template: &Template) -> Re
         }
         _ => Ok(()),
     }
+}
+
+/// What the program gets as 0, 1 and 2 is all of the host's that it holds: bytes
+/// that nobody can change, and two pipes to write to. Anything else could be a
+/// way out, such as a directory.
+fn check_streams(fds: &LaunchFds, template: &Template) -> Result<(), String> {
+    let size = sealed_size(&fds.stdin).map_err(|why| format!("stdin {why}"))?;
+    if !template.limits.input.allows(size) {
+        return Err("the input is larger than the policy allows".into());
+    }
+    for (name, fd) in [("stdout", &fds.stdout), ("stderr", &fds.stderr)] {
+        if !is_write_end(fd).map_err(|error| format!("{name} can't be examined: {error}"))? {
+            return Err(format!("{name} is not the write end of a pipe"));
+        }
+    }
+    Ok(())
+}
+
+fn is_write_end(fd: &OwnedFd) -> rustix::io::Result<bool> {
+    use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+    let pipe = FileType::from_raw_mode(fstat(fd)?.st_mode) == FileType::Fifo;
+    let access = fcntl_getfl(fd)? & (OFlags::RWMODE | OFlags::PATH);
+    Ok(pipe && access == OFlags::WRONLY)
 }
 
 /// The size of a memfd that nobody can change any more.

@@ -9,13 +9,13 @@ use std::{
 use super::{
     blueprint::{Blueprint, Exec, Filter, INSIDE_ID, INSIDE_INIT_ID},
     facts::Facts,
-    identity::{HostIds, IdMap},
+    identity::{self, HostIds, IdMap},
     landlock, limits,
     message::{Launch, LaunchFds, Refusal},
     namespaces,
     plan::{Control, Mode, Network, Template},
     root::{self, Ownership, Script},
-    seccomp::filter::{self, FilterOptions, sock_filter},
+    seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
 };
 
@@ -48,20 +48,14 @@ impl Prepared {
     /// Compiles what doesn't depend on the call.
     ///
     /// # Errors
-    /// The text of the filter compiler's error: a profile too large for the kernel.
-    pub fn new(template: Template, facts: &Facts) -> Result<Self, String> {
+    /// Those of the filter's compiler; [`check_filter`] found them when the
+    /// policies were compiled.
+    pub fn new(template: Template, facts: &Facts) -> Result<Self, FilterError> {
         let open_files = limits::open_files(&template.limits, facts.open_files);
         let exec_fd = limits::parking_place(open_files.unwrap_or_else(|most| most));
-        let filter_options = FilterOptions {
-            network: template.network,
-            refuse_exec_memfd: !template.filesystem.tmp_exec && facts.memfd_noexec.is_none(),
-            refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
-            exec_fd,
-            control_fd: exec_fd + 1,
-            notify: facts.notify,
-        };
-        let filter = filter::compile(&template.syscalls, &filter_options)
-            .map_err(|error| error.to_string())?;
+        let by_sysctl = facts.memfd_noexec.is_some();
+        let filter_options = filter_options(&template, exec_fd, by_sysctl, facts.notify);
+        let filter = filter::compile(&template.syscalls, &filter_options)?;
         Ok(Self { template, open_files, filter: filter.into(), filter_options })
     }
 
@@ -86,11 +80,8 @@ impl Prepared {
         let template = &self.template;
         let jail = launch.mode == Mode::Jail;
         let lacks = |control: Control, why: String| Refusal::ControlUnavailable { control, why };
-        let best_effort = |control: Control| {
-            template.best_effort.iter().any(|word| word.word() == control.word())
-        };
 
-        if !facts.stuck_groups.is_empty() && !best_effort(Control::Groups) {
+        if !facts.stuck_groups.is_empty() && !self.is_best_effort(Control::Groups) {
             return Err(lacks(
                 Control::Groups,
                 format!(
@@ -99,7 +90,7 @@ impl Prepared {
                 ),
             ));
         }
-        if jail && facts.landlock_abi == 0 && !best_effort(Control::Landlock(0)) {
+        if jail && facts.landlock_abi == 0 && !self.is_best_effort(Control::Landlock(0)) {
             return Err(lacks(
                 Control::Landlock(0),
                 "the kernel has no Landlock; boot with lsm=landlock,…, or add \"landlock\" to best_effort".into(),
@@ -123,7 +114,6 @@ impl Prepared {
         let (map, program_id, init_id) = self.identities(launch.mode, ids, facts)?;
         let mut kept_namespaces = Vec::new();
         let mut root = None;
-        let mut writable = Vec::new();
         if jail {
             let ownership = match ids {
                 Some(ids) => Ownership::Idmap { program: ids.program },
@@ -135,26 +125,15 @@ impl Prepared {
                 .map(|_| Script { fd: fds.executable.as_raw_fd(), size: launch.executable_size });
             let decided = root::decide(&template.filesystem, script, ownership)
                 .map_err(|error| lacks(Control::RootReadonly, error.to_string()))?;
-            (root, kept_namespaces, writable) =
-                (Some(decided.plan), decided.namespaces, decided.writable);
+            (root, kept_namespaces) = (Some(decided.plan), decided.namespaces);
             enforced.extend([Control::RootReadonly, Control::ProcRestricted, Control::Seccomp]);
             if ids.is_some() {
                 enforced.push(Control::HostUid);
             }
         }
-        let landlock = jail
-            .then(|| {
-                landlock::Ruleset::decide(
-                    facts.landlock_abi,
-                    &landlock::Access {
-                        execute_root: template.filesystem.root != super::plan::Root::Empty,
-                        tmp: template.filesystem.tmp.map(|_| template.filesystem.tmp_exec),
-                        writable: &writable,
-                        network,
-                    },
-                )
-            })
-            .flatten();
+        let landlock = root
+            .as_ref()
+            .and_then(|root| landlock::Ruleset::decide(facts.landlock_abi, root, network));
         enforced.extend(landlock.as_ref().map(|rules| Control::Landlock(rules.abi)));
         // By the sysctl where it can be written, else by the filter: either way in force.
         if jail && !template.filesystem.tmp_exec {
@@ -195,6 +174,11 @@ impl Prepared {
         Ok(Decided { blueprint, namespaces: kept_namespaces, keep: kept_fds, map, enforced })
     }
 
+    /// Whether the policy does without this control where it can't be had.
+    fn is_best_effort(&self, control: Control) -> bool {
+        self.template.best_effort.iter().any(|word| word.word() == control.word())
+    }
+
     /// The id map, and the ids of program and init in the namespace they end in.
     #[allow(clippy::type_complexity)]
     fn identities(
@@ -215,10 +199,21 @@ impl Prepared {
             (Some(_), _) => {
                 Err(Refusal::Invalid { what: "direct mode has no user to run as".into() })
             }
-            (None, _) => {
-                let inside = if jail { (INSIDE_ID, INSIDE_ID) } else { facts.own_ids };
+            (None, _) if jail => {
+                let inside = (INSIDE_ID, INSIDE_ID);
                 Ok((IdMap::Launcher { inside }, inside, inside))
             }
+            (None, Some(user)) if user.uid != 0 && user.gid != 0 => {
+                let own = facts.own_ids;
+                match identity::lacking_user(user, facts.root, own.0) {
+                    // Not as root, whatever the policy puts up with.
+                    Some(lack) if own.0 == 0 || !self.is_best_effort(lack.control) => {
+                        Err(Refusal::lacking(&lack))
+                    }
+                    _ => Ok((IdMap::Launcher { inside: own }, own, own)),
+                }
+            }
+            (None, _) => Err(Refusal::Invalid { what: "direct mode has no user to run as".into() }),
         }
     }
 
@@ -234,6 +229,37 @@ impl Prepared {
             }
             (None, _) => Exec::Memfd,
         }
+    }
+}
+
+/// Whether the filter of a template can be made, on whichever host it will be.
+///
+/// # Errors
+/// Those of [`filter::compile`].
+pub fn check_filter(template: &Template) -> Result<(), FilterError> {
+    // Which number it is makes no difference.
+    let exec_fd = limits::parking_place(0);
+    for (by_sysctl, notify) in [(false, false), (false, true), (true, false), (true, true)] {
+        let options = filter_options(template, exec_fd, by_sysctl, notify);
+        filter::compile(&template.syscalls, &options)?;
+    }
+    Ok(())
+}
+
+/// `by_sysctl`: whether the kernel itself can refuse executable memfds.
+fn filter_options(
+    template: &Template,
+    exec_fd: i32,
+    by_sysctl: bool,
+    notify: bool,
+) -> FilterOptions {
+    FilterOptions {
+        network: template.network,
+        refuse_exec_memfd: !template.filesystem.tmp_exec && !by_sysctl,
+        refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
+        exec_fd,
+        control_fd: exec_fd + 1,
+        notify,
     }
 }
 

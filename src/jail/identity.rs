@@ -7,7 +7,11 @@ use rustix::{
     thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets},
 };
 
-use super::blueprint::{INSIDE_ID, INSIDE_INIT_ID};
+use super::{
+    blueprint::{INSIDE_ID, INSIDE_INIT_ID},
+    cgroup::Lack,
+    plan::{Control, HostUser},
+};
 use crate::sys;
 
 /// The two host uids (and equal gids) of one run.
@@ -63,6 +67,23 @@ pub enum IdMap {
         /// The id inside.
         inside: (u32, u32),
     },
+}
+
+/// What keeps direct mode from running a program as `user`: a launcher without
+/// root can become nobody but itself, setuid(2), and a program that ran as its
+/// user after all could do what the operator can.
+#[must_use]
+pub fn lacking_user(user: &HostUser, root: bool, own_uid: u32) -> Option<Lack> {
+    (!root && user.uid != own_uid).then(|| Lack {
+        control: Control::HostUid,
+        why: format!(
+            "direct mode would run the program as {:?} (uid {}), and without root the dispatcher can't become another user",
+            user.name, user.uid
+        ),
+        mend: format!(
+            "run it as root, or name its own user (uid {own_uid}) as [identity] user in the policy"
+        ),
+    })
 }
 
 /// Writes uid_map and gid_map of a process that waits in a new user namespace.
@@ -210,6 +231,19 @@ pub fn last_capability() -> io::Result<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_root_a_program_runs_as_the_launchers_user_or_not_at_all() {
+        let user = |uid| HostUser { name: "somebody".into(), uid, gid: uid };
+        assert_eq!(lacking_user(&user(65534), true, 0), None);
+        assert_eq!(lacking_user(&user(1000), false, 1000), None);
+        let lack = lacking_user(&user(65534), false, 1000).unwrap();
+        assert_eq!(lack.control, Control::HostUid);
+        assert!(lack.why.contains("\"somebody\" (uid 65534)"), "{}", lack.why);
+        assert!(lack.mend.contains("uid 1000"), "{}", lack.mend);
+        // Root of a user namespace that maps too little to become anybody else.
+        assert!(lacking_user(&user(65534), false, 0).is_some());
+    }
 
     #[test]
     fn no_two_runs_share_an_id_and_the_last_is_kept_for_the_server() {

@@ -34,6 +34,9 @@ use crate::sys;
 /// Where init keeps the control socket once the run is built.
 const CONTROL: RawFd = 3;
 
+/// How many dead processes that the program left behind are looked at.
+const LEFT_BEHIND_MAX: u32 = 1024;
+
 /// What both processes of a run carry through their steps.
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
@@ -264,14 +267,33 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
     };
     // SAFETY: keep_only_control put it there.
     let context = Context { control: unsafe { BorrowedFd::borrow_raw(CONTROL) }, ..context };
+    let mut watch_for_kills = kills_unnamed(context.blueprint);
     loop {
-        while let Some(ended) = next_ended() {
-            let Ended { pid, report } = ended;
-            if pid == program {
-                // If this can't be delivered the launcher is gone.
-                drop(context.report(report));
-                sys::exit_now(0);
+        let mut program_ended = None;
+        let mut left_behind = 0;
+        while let Some((pid, ended)) = sys::wait_any(WaitIdOptions::EXITED | WaitIdOptions::NOHANG)
+        {
+            if watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
+                watch_for_kills = false;
+                // If this, or what follows, can't be delivered the launcher is gone.
+                drop(context.report(Report::Denied));
             }
+            if pid == program {
+                program_ended = Some(ended);
+            } else if program_ended.is_some() {
+                left_behind += 1;
+            }
+            // What the program left dead and unreaped became ours with its end.
+            if program_ended.is_some() && (!watch_for_kills || left_behind == LEFT_BEHIND_MAX) {
+                break;
+            }
+        }
+        if let Some(ended) = program_ended {
+            drop(context.report(match ended {
+                sys::Ended::Exited(code) => Report::Exited(code),
+                sys::Ended::Signalled(signal) => Report::Signalled(signal),
+            }));
+            sys::exit_now(0);
         }
         let mut fds = [
             PollFd::from_borrowed_fd(context.control, PollFlags::empty()),
@@ -299,20 +321,10 @@ fn keep_only_control(context: Context<'_>) -> io::Result<std::os::fd::OwnedFd> {
     sys::child_signal_fd()
 }
 
-struct Ended {
-    pid: i32,
-    report: Report,
-}
-
-fn next_ended() -> Option<Ended> {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-    sys::wait_any(options).map(|(pid, status)| Ended {
-        pid,
-        report: match status {
-            sys::Ended::Exited(code) => Report::Exited(code),
-            sys::Ended::Signalled(signal) => Report::Signalled(signal),
-        },
-    })
+/// Whether the filter kills on the spot, so that a death by SIGSYS is all there is
+/// to see of a deadly call.
+fn kills_unnamed(blueprint: &Blueprint) -> bool {
+    blueprint.filter.as_ref().is_some_and(|filter| !filter.notify)
 }
 
 /// Sets one resource limit, soft and hard.

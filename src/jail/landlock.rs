@@ -5,9 +5,16 @@
 //! another mechanism, so that a mistake in one is not an escape. Raw system
 //! calls: the ruleset is built and entered in a cloned child.
 
-use std::{ffi::CStr, io, os::fd::RawFd};
+use std::{
+    ffi::{CStr, CString},
+    io,
+    os::fd::RawFd,
+};
 
-use super::plan::Network;
+use super::{
+    blueprint::{Piece, RootPlan},
+    plan::Network,
+};
 
 /// The newest ABI this code knows the rights of.
 const NEWEST_ABI: u8 = 7;
@@ -21,7 +28,7 @@ pub struct Ruleset {
     handled_net: u64,
     scoped: u64,
     /// Path beneath which, inside the new root → rights.
-    rules: Vec<(std::ffi::CString, u64)>,
+    rules: Vec<(CString, u64)>,
 }
 
 mod fs {
@@ -50,19 +57,6 @@ mod scope {
     pub const SIGNAL: u64 = 1 << 1;
 }
 
-/// What the ruleset must allow, apart from reading everything in the root.
-#[derive(Clone, Debug)]
-pub struct Access<'a> {
-    /// Whether files of the root (not of /tmp) may be executed.
-    pub execute_root: bool,
-    /// Whether there is a /tmp, and whether its files may be executed.
-    pub tmp: Option<bool>,
-    /// Writable binds: path inside and whether it is a directory.
-    pub writable: &'a [(std::ffi::CString, bool)],
-    /// Network mode: in `None`, TCP is refused here too.
-    pub network: Network,
-}
-
 /// The ABI version of this kernel; 0 where there is none or it is disabled.
 #[must_use]
 pub fn abi_version() -> u8 {
@@ -74,9 +68,18 @@ pub fn abi_version() -> u8 {
 }
 
 impl Ruleset {
-    /// Decides the rules for a kernel with this ABI; `None` for ABI 0.
+    /// Decides the rules that a kernel with this ABI is to hold over a jail with
+    /// this root and network; `None` for ABI 0.
+    ///
+    /// Rights add up along a path, so what is given to a directory holds for all
+    /// below it. Everything may be read; but nothing can be executed or written
+    /// because of where it lies, only beneath what is shown for that: executing
+    /// is allowed beneath what the root shows read-only (and /tmp, where the
+    /// policy says so), so that neither /tmp nor a writable bind has it. One
+    /// exception: a writable bind inside something that is shown read-only has
+    /// that one's right too, and there the mount's noexec stands alone.
     #[must_use]
-    pub fn decide(kernel_abi: u8, access: &Access<'_>) -> Option<Self> {
+    pub fn decide(kernel_abi: u8, root: &RootPlan, network: Network) -> Option<Self> {
         let abi = kernel_abi.min(NEWEST_ABI);
         if abi == 0 {
             return None;
@@ -87,24 +90,35 @@ impl Ruleset {
                 handled_fs |= right;
             }
         }
-        let all_but_devices = handled_fs & !(fs::MAKE_CHAR | fs::MAKE_BLOCK);
-        let read = fs::READ_FILE | fs::READ_DIR;
-        let mut rules =
-            vec![(c"/".to_owned(), read | if access.execute_root { fs::EXECUTE } else { 0 })];
+        let writing = handled_fs & !(fs::MAKE_CHAR | fs::MAKE_BLOCK | fs::EXECUTE);
         let device = fs::READ_FILE | fs::WRITE_FILE | fs::TRUNCATE | fs::IOCTL_DEV;
-        rules.push((c"/dev".to_owned(), device & handled_fs));
-        if let Some(exec) = access.tmp {
-            let rights = all_but_devices & !(if exec { 0 } else { fs::EXECUTE });
-            rules.push((c"/tmp".to_owned(), rights));
+        let mut rules = vec![
+            (c"/".to_owned(), fs::READ_FILE | fs::READ_DIR),
+            (c"/dev".to_owned(), device & handled_fs),
+        ];
+        if let Some(tmp) = &root.tmp {
+            rules.push((c"/tmp".to_owned(), writing | if tmp.exec { fs::EXECUTE } else { 0 }));
         }
-        for (path, directory) in access.writable {
-            let rights = all_but_devices & !fs::EXECUTE;
-            rules.push((path.clone(), if *directory { rights } else { rights & fs::FILE_ONLY }));
+        for piece in &root.pieces {
+            let Piece::Bind(bind) = piece else { continue };
+            let mut rights = 0;
+            if bind.attributes & libc::MOUNT_ATTR_NOEXEC == 0 {
+                rights |= fs::EXECUTE;
+            }
+            if bind.attributes & libc::MOUNT_ATTR_RDONLY == 0 {
+                rights |= writing;
+            }
+            if !bind.directory {
+                rights &= fs::FILE_ONLY;
+            }
+            if rights != 0 {
+                rules.push((inside(&bind.target), rights));
+            }
         }
         Some(Self {
             abi,
             handled_fs,
-            handled_net: match access.network {
+            handled_net: match network {
                 Network::None if abi >= 4 => net::BIND_TCP | net::CONNECT_TCP,
                 _ => 0,
             },
@@ -142,10 +156,21 @@ impl Ruleset {
         };
         let ruleset = check(ruleset).map_err(|error| (0, error))? as RawFd;
         for (index, (path, rights)) in self.rules.iter().enumerate() {
-            add_rule(ruleset, path, *rights).map_err(|error| (index as u16, error))?;
+            match add_rule(ruleset, path, *rights) {
+                // A piece of the root that the host no longer had: a right
+                // less, on something that isn't there.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                added => added.map_err(|error| (index as u16, error))?,
+            }
         }
         Ok(ruleset)
     }
+}
+
+/// The path inside the jail of something whose path is relative to its root.
+fn inside(target: &CStr) -> CString {
+    // No NUL in what came from a C string.
+    CString::new([b"/", target.to_bytes()].concat()).unwrap_or_default()
 }
 
 fn add_rule(ruleset: RawFd, path: &CStr, rights: u64) -> io::Result<()> {
@@ -190,21 +215,67 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::{
+        fs as files,
+        os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
+        path::Path,
+    };
 
-    const ACCESS: Access<'_> =
-        Access { execute_root: false, tmp: Some(false), writable: &[], network: Network::None };
+    use super::*;
+    use crate::{
+        jail::blueprint::{BindPiece, TmpPlan},
+        sys,
+    };
+
+    const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
+    const WRITABLE: u64 = libc::MOUNT_ATTR_NOEXEC;
+
+    fn bind(target: &Path, directory: bool, attributes: u64) -> Piece {
+        let target = target.as_os_str().as_bytes().strip_prefix(b"/").unwrap();
+        Piece::Bind(BindPiece {
+            source: c"/nowhere".to_owned(),
+            target: CString::new(target).unwrap(),
+            directory,
+            attributes,
+            idmap: None,
+            optional: false,
+        })
+    }
+
+    fn root(tmp_exec: bool, pieces: Vec<Piece>) -> RootPlan {
+        let tmp = TmpPlan { size: c"4096".to_owned(), inodes: c"16".to_owned(), exec: tmp_exec };
+        RootPlan { size: c"4096".to_owned(), make_devices: false, tmp: Some(tmp), pieces }
+    }
+
+    fn pieces() -> Vec<Piece> {
+        vec![
+            Piece::Directory(c"etc".to_owned()),
+            bind("/usr".as_ref(), true, READ_ONLY),
+            bind("/lib64/ld.so".as_ref(), false, READ_ONLY),
+            bind("/srv/work".as_ref(), true, WRITABLE),
+            bind("/srv/log".as_ref(), false, WRITABLE),
+        ]
+    }
+
+    /// What the kernel comes to for a file: all that is given on the way up.
+    fn rights(ruleset: &Ruleset, path: &str) -> u64 {
+        let beneath = |rule: &CStr| Path::new(path).starts_with(rule.to_str().unwrap());
+        let given = ruleset.rules.iter().filter(|(rule, _)| beneath(rule));
+        given.fold(0, |all, (_, rights)| all | rights)
+    }
 
     #[test]
     fn an_older_kernel_is_asked_only_for_what_it_knows() {
-        assert_eq!(Ruleset::decide(0, &ACCESS), None);
-        let first = Ruleset::decide(1, &ACCESS).unwrap();
+        let root = root(true, pieces());
+        let decide = |abi| Ruleset::decide(abi, &root, Network::None);
+        assert_eq!(decide(0), None);
+        let first = decide(1).unwrap();
         assert_eq!((first.handled_fs, first.handled_net, first.scoped), (fs::ABI1, 0, 0));
-        let newest = Ruleset::decide(200, &ACCESS).unwrap();
+        let newest = decide(200).unwrap();
         assert_eq!(newest.abi, NEWEST_ABI);
         assert_ne!(newest.handled_net, 0);
         for abi in 1..=NEWEST_ABI {
-            let ruleset = Ruleset::decide(abi, &ACCESS).unwrap();
+            let ruleset = decide(abi).unwrap();
             for (path, rights) in &ruleset.rules {
                 assert_eq!(rights & !ruleset.handled_fs, 0, "{path:?} on ABI {abi}");
             }
@@ -212,17 +283,29 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_asked_for_is_executable_or_writable() {
-        let ruleset = Ruleset::decide(NEWEST_ABI, &ACCESS).unwrap();
-        for (path, rights) in &ruleset.rules {
-            assert_eq!(rights & fs::EXECUTE, 0, "{path:?}");
-            let writable = rights & fs::WRITE_FILE != 0;
-            assert_eq!(writable, matches!(path.to_bytes(), b"/dev" | b"/tmp"), "{path:?}");
-            assert_eq!(rights & (fs::MAKE_CHAR | fs::MAKE_BLOCK), 0, "{path:?}");
+    fn only_what_is_shown_read_only_is_executable_and_nothing_else_of_the_root_writable() {
+        for tmp_exec in [false, true] {
+            let root = root(tmp_exec, pieces());
+            let ruleset = Ruleset::decide(NEWEST_ABI, &root, Network::None).unwrap();
+            for (path, executable, writable) in [
+                ("/", false, false),
+                ("/run/dispatcher/service", false, false),
+                ("/etc/passwd", false, false),
+                ("/usr/bin/env", true, false),
+                ("/lib64/ld.so", true, false),
+                ("/tmp/made/inside", tmp_exec, true),
+                ("/srv/work/made", false, true),
+                ("/srv/log", false, true),
+                ("/dev/null", false, true),
+                ("/proc/self/mem", false, false),
+            ] {
+                let rights = rights(&ruleset, path);
+                assert_eq!(rights & fs::EXECUTE != 0, executable, "{path}");
+                assert_eq!(rights & fs::WRITE_FILE != 0, writable, "{path}");
+                assert_eq!(rights & (fs::MAKE_CHAR | fs::MAKE_BLOCK), 0, "{path}");
+                assert_ne!(rights & fs::READ_FILE, 0, "{path}");
+            }
         }
-        let open = Access { execute_root: true, tmp: Some(true), ..ACCESS };
-        let ruleset = Ruleset::decide(NEWEST_ABI, &open).unwrap();
-        assert!(ruleset.rules.iter().filter(|(_, rights)| rights & fs::EXECUTE != 0).count() == 2);
     }
 
     #[test]
@@ -230,8 +313,66 @@ mod tests {
         for (network, refused) in
             [(Network::None, true), (Network::Loopback, false), (Network::Host, false)]
         {
-            let ruleset = Ruleset::decide(7, &Access { network, ..ACCESS }).unwrap();
+            let ruleset = Ruleset::decide(7, &root(false, vec![]), network).unwrap();
             assert_eq!(ruleset.handled_net != 0, refused, "{network:?}");
         }
+    }
+
+    /// In a jail, noexec mounts answer the same and answer first. Here there are
+    /// none, so that what is heard is Landlock's own word.
+    #[test]
+    fn the_kernel_executes_from_what_is_shown_read_only_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let path = directory.path().join(name);
+            files::create_dir(&path).unwrap();
+            // No executable's format: whoever may execute it hears ENOEXEC.
+            files::write(path.join("file"), "\0").unwrap();
+            let mode = files::Permissions::from_mode(0o755);
+            files::set_permissions(path.join("file"), mode).unwrap();
+            path
+        };
+        let (shown, work, other) = (make("shown"), make("work"), make("other"));
+        let pieces = vec![
+            bind(&shown, true, READ_ONLY),
+            bind(&work, true, WRITABLE),
+            bind(&directory.path().join("gone"), true, READ_ONLY),
+        ];
+        // The root's own /tmp is not the host's, which the directory may be in.
+        let root = RootPlan { tmp: None, ..root(false, pieces) };
+        let Some(ruleset) = Ruleset::decide(abi_version(), &root, Network::Host) else {
+            assert!(std::env::var_os("CI").is_none(), "the kernel has no Landlock");
+            eprintln!("skipped: the kernel has no Landlock");
+            return;
+        };
+        for (place, inside) in [(shown, libc::ENOEXEC), (work, libc::EACCES), (other, libc::EACCES)]
+        {
+            let file = CString::new(place.join("file").as_os_str().as_bytes()).unwrap();
+            assert_eq!(execution(&file, None), libc::ENOEXEC, "{file:?}, outside");
+            assert_eq!(execution(&file, Some(&ruleset)), inside, "{file:?}");
+        }
+    }
+
+    /// What execve(2) answers to a child, in a domain of the ruleset.
+    fn execution(path: &CStr, ruleset: Option<&Ruleset>) -> i32 {
+        const SETUP: i32 = 255;
+        let pid = sys::fork().unwrap();
+        if pid == 0 {
+            // Only system calls: this is a copy of a process with many threads.
+            let entered = ruleset.is_none_or(|ruleset| {
+                rustix::thread::set_no_new_privs(true).is_ok()
+                    && ruleset.create().is_ok_and(|ruleset| restrict_self(ruleset).is_ok())
+            });
+            if !entered {
+                sys::exit_now(SETUP);
+            }
+            let argv = [path.as_ptr(), std::ptr::null()];
+            // SAFETY: path and vectors are ended as execve(2) wants them.
+            unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), argv[1..].as_ptr()) };
+            sys::exit_now(io::Error::last_os_error().raw_os_error().unwrap_or(SETUP));
+        }
+        let pid = rustix::process::Pid::from_raw(pid);
+        let waited = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+        waited.unwrap().unwrap().1.exit_status().unwrap()
     }
 }

@@ -6,7 +6,7 @@ use super::plan::Limits;
 
 /// Descriptors between the program's limit and the launcher's own: the
 /// executable, the control socket and the Landlock ruleset are parked there.
-const PARKED: u64 = 3;
+pub const PARKED: u64 = 3;
 
 /// RLIMIT_NOFILE for the program: the policy's, or what the host leaves.
 ///

@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Control, Mode, TemplateId};
+use super::{
+    cgroup::Lack,
+    plan::{Control, Mode, TemplateId},
+};
 use crate::{
     names::{Digest, RunId},
     units::MilliCpus,
@@ -20,9 +23,6 @@ use crate::{
 /// Longest encoded message in bytes. Large things (argv, environment,
 /// executable, input) travel as memfds.
 pub const MESSAGE_MAX: usize = 16 << 10;
-
-/// Most descriptors with one message.
-pub const MESSAGE_FDS_MAX: usize = 8;
 
 /// Most bytes of argv and environment together, as execve(2) counts their text.
 pub const CALL_BLOB_MAX: usize = 1 << 20;
@@ -69,7 +69,7 @@ pub enum FromServer {
 pub struct LaunchFds {
     /// Sealed memfd (`F_SEAL_WRITE|SHRINK|GROW|SEAL`) holding the executable, opened read-only.
     pub executable: OwnedFd,
-    /// Becomes descriptor 0.
+    /// Becomes descriptor 0: a sealed memfd holding the input.
     pub stdin: OwnedFd,
     /// Becomes descriptor 1: the write end of a pipe.
     pub stdout: OwnedFd,
@@ -188,11 +188,10 @@ pub enum Refusal {
         /// errno(3).
         errno: i32,
     },
-    /// No host uid is free.
-    Exhausted {
-        /// What ran out.
-        what: String,
-    },
+    /// Something that every run takes is all in use; it comes back with their ends.
+    Exhausted(Exhausted),
+    /// The launcher ends, and starts nothing any more.
+    Ending,
     /// A launch step failed otherwise.
     Step {
         /// The step's name, as in `jail::launch`.
@@ -202,6 +201,24 @@ pub enum Refusal {
         /// errno(3).
         errno: i32,
     },
+}
+
+/// What there is only so much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exhausted {
+    /// Host uids of `[server] uid_range`.
+    HostIds,
+    /// Descriptors that the launcher may have open, RLIMIT_NOFILE.
+    Descriptors,
+}
+
+impl Refusal {
+    /// For a control that can't be had here.
+    #[must_use]
+    pub fn lacking(lack: &Lack) -> Self {
+        let Lack { control, why, mend } = lack;
+        Self::ControlUnavailable { control: *control, why: format!("{why}; {mend}") }
+    }
 }
 
 /// How the first process ended, as waitid(2) tells.

@@ -55,8 +55,6 @@ pub struct DecidedRoot {
     pub plan: RootPlan,
     /// User namespaces of idmapped binds; the plan has their numbers.
     pub namespaces: Vec<OwnedFd>,
-    /// Writable binds, for Landlock: path inside, and whether it is a directory.
-    pub writable: Vec<(CString, bool)>,
 }
 
 /// Why a root can't be made.
@@ -126,12 +124,8 @@ pub fn decide(
         pieces.push(Piece::Script { path: c_string(path.as_bytes()), source: fd, size });
     }
     let mut namespaces = Vec::new();
-    let mut writable = Vec::new();
     for bind in &filesystem.binds {
         let piece = bind_piece(bind, ownership, &mut namespaces)?;
-        if !bind.read_only {
-            writable.push((c_string(bind.target.as_os_str().as_bytes()), piece.directory));
-        }
         let target = Path::new(std::ffi::OsStr::from_bytes(piece.target.as_bytes())).to_owned();
         directories_above(&target, &mut pieces);
         pieces.push(Piece::Bind(piece));
@@ -150,7 +144,7 @@ pub fn decide(
         tmp: filesystem.tmp.map(|size| tmp_plan(size, filesystem.tmp_exec)),
         pieces,
     };
-    Ok(DecidedRoot { plan, namespaces, writable })
+    Ok(DecidedRoot { plan, namespaces })
 }
 
 fn tmp_plan(size: Limit<u64>, exec: bool) -> TmpPlan {
@@ -353,7 +347,10 @@ mod tests {
         let error = decide(&with_bind, None, PLAIN).unwrap_err().to_string();
         assert!(error.contains("another user"), "{error}");
         let own = Ownership::Plain { uid: rustix::process::geteuid().as_raw() };
-        assert_eq!(decide(&with_bind, None, own).unwrap().writable.len(), 1);
+        let decided = decide(&with_bind, None, own).unwrap();
+        let Some(Piece::Bind(bind)) = decided.plan.pieces.last() else { panic!("{decided:?}") };
+        assert_eq!(bind.attributes & libc::MOUNT_ATTR_RDONLY, 0);
+        assert_ne!(bind.attributes & libc::MOUNT_ATTR_NOEXEC, 0, "written is not executed");
     }
 
     #[test]

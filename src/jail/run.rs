@@ -13,7 +13,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -23,7 +23,7 @@ use super::{
     decide::Prepared,
     identity::{self, HostIds, IdMap},
     message::{End, Launch, LaunchFds, Oom, Refusal, StopCause, WaitStatus},
-    plan::Control,
+    plan::{Control, Template},
     seccomp::{
         filter::{self, Decision},
         notify::{Listener, Received},
@@ -47,6 +47,12 @@ const REFUSED_MAX: usize = 16;
 const NOTICES_FREE: u32 = 4096;
 const NOTICES_BATCH: u32 = 32;
 const NOTICES_PAUSE: Duration = Duration::from_millis(1);
+
+/// What the launcher has open for a run at most: init's pidfd, the control socket,
+/// the listener, the cgroup's directory and its memory peak; and, until the
+/// program is started, what the launch brought.
+const OPEN: usize = 5;
+const BROUGHT: usize = 5;
 
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +148,17 @@ pub struct Parts {
     pub received: Instant,
 }
 
+/// What is heard on a run's control socket.
+#[derive(Debug)]
+pub enum Heard {
+    /// A report, with what came along.
+    Report(Report, Option<OwnedFd>),
+    /// Nothing for now.
+    Nothing,
+    /// Nothing any more: init is dead, and the program has no part of it.
+    Closed,
+}
+
 /// What a report changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -195,6 +212,19 @@ impl Run {
         }
     }
 
+    /// How many descriptors the launcher must have for a run of this template,
+    /// while it is built.
+    #[must_use]
+    pub fn descriptors_needed(template: &Template) -> usize {
+        OPEN + BROUGHT + template.filesystem.binds.len()
+    }
+
+    /// How many descriptors this one takes, or comes to take.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        OPEN + self.fds.as_ref().map_or(0, |_| BROUGHT) + self.namespaces.len()
+    }
+
     /// Tells init that it is in its cgroups.
     ///
     /// # Errors
@@ -203,27 +233,54 @@ impl Run {
         sys::send_packet(&self.control, &[word::JOINED], &[])
     }
 
-    /// Reads one report from init or the program. `Ok(None)` when there is none.
+    /// Listens for what init or the program says.
     ///
     /// # Errors
-    /// Those of recvmsg(2).
-    pub fn next_report(&mut self) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+    /// Those of recvmsg(2); EPROTO for what is no report, EMSGSIZE where a
+    /// listener came that there was no descriptor left for. Tell [`Run::unheard`].
+    pub fn listen(&self) -> io::Result<Heard> {
         let mut bytes = [0; REPORT_LEN];
-        match sys::receive_packet(&self.control, &mut bytes) {
-            Ok(Some((length, mut fds))) => {
-                Ok(Report::decode(&bytes[..length]).map(|report| (report, fds.pop())))
+        let received = match sys::receive_packet(&self.control, &mut bytes) {
+            // The other side died without having read all of ours: told once,
+            // before what it had said, unix(7).
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                sys::receive_packet(&self.control, &mut bytes)
             }
-            Ok(None) => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            received => received,
+        };
+        match received {
+            Ok(Some((length, mut fds))) => match Report::decode(&bytes[..length]) {
+                Some(report) => Ok(Heard::Report(report, fds.pop())),
+                None => Err(io::Error::from_raw_os_error(libc::EPROTO)),
+            },
+            Ok(None) => Ok(Heard::Closed),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Heard::Nothing),
             Err(error) => Err(error),
         }
+    }
+
+    /// The control socket is at its end. After a report of the end that is as it
+    /// should be; before one, init was killed, and the rest of the run goes with it.
+    pub fn closed(&mut self, now: Instant) {
+        if self.is_alive() {
+            self.kill();
+            self.end(now);
+        }
+    }
+
+    /// Something said on the control socket or by the listener was lost: what
+    /// can't be followed any more is ended.
+    pub fn unheard(&mut self, step: Step, error: &io::Error, now: Instant) {
+        self.fail(step_error(step, error), now);
     }
 
     /// Acts on a report.
     pub fn on_report(&mut self, report: Report, fd: Option<OwnedFd>, now: Instant) -> Change {
         match report {
-            Report::NeedsMaps => self.write_maps(),
-            Report::Ready => return self.start(now),
+            // A run that was stopped meanwhile is not built any further.
+            Report::NeedsMaps if self.phase == Phase::Building => self.write_maps(now),
+            Report::Ready if self.phase == Phase::Building => return self.start(now),
+            Report::NeedsMaps | Report::Ready => {}
             Report::Filtered => return self.filtered(fd, now),
             // Only our own code leaves by exit(2) before its filter is in place:
             // that is no status of the program's, even where the reason was lost.
@@ -234,6 +291,7 @@ impl Run {
             Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
             Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
             Report::Failed(error) => self.fail(error, now),
+            Report::Denied => self.deny(String::new(), now),
         }
         Change::None
     }
@@ -252,11 +310,11 @@ impl Run {
         }
     }
 
-    fn write_maps(&mut self) {
+    fn write_maps(&mut self, now: Instant) {
         let written = identity::write_maps(self.pid, self.map)
             .and_then(|()| sys::send_packet(&self.control, &[word::MAPPED], &[]));
         if let Err(error) = written {
-            self.fail(step_error(Step::Maps, &error), Instant::now());
+            self.fail(step_error(Step::Maps, &error), now);
         }
     }
 
@@ -288,30 +346,39 @@ impl Run {
     fn program_ended(&mut self, status: WaitStatus, now: Instant) {
         self.status = status;
         // Init exits now, and the kernel kills what is left before it is done.
-        self.end(now);
+        if self.is_alive() {
+            self.end(now);
+        }
     }
 
+    /// What goes wrong once a run was stopped or has ended is no failure of its:
+    /// it is being killed.
     fn fail(&mut self, error: StepError, now: Instant) {
-        self.failure.get_or_insert(error);
-        self.kill();
-        self.end(now);
+        if self.is_alive() {
+            self.failure = Some(error);
+            self.kill();
+            self.end(now);
+        }
     }
 
     fn end(&mut self, now: Instant) {
-        if matches!(self.phase, Phase::Building | Phase::Running) {
-            self.phase = Phase::Ending;
-            self.ended.get_or_insert(now);
-            self.wall_deadline = None;
-            self.cpu_check = None;
-            self.grace_deadline = Some(now + TEARDOWN_GRACE);
-        }
+        self.phase = Phase::Ending;
+        self.ended = Some(now);
+        self.wall_deadline = None;
+        self.cpu_check = None;
+        self.grace_deadline = Some(now + TEARDOWN_GRACE);
+    }
+
+    /// Not stopped, failed or ended yet.
+    fn is_alive(&self) -> bool {
+        matches!(self.phase, Phase::Building | Phase::Running)
     }
 
     /// Ends the run for this cause, unless it has ended already: a program
     /// that ended by itself keeps its status, and the first cause stands.
     pub fn stop(&mut self, cause: StopCause, now: Instant) {
-        if matches!(self.phase, Phase::Building | Phase::Running) {
-            self.stopped.get_or_insert(cause);
+        if self.is_alive() {
+            self.stopped = Some(cause);
             self.kill();
             self.end(now);
         }
@@ -372,7 +439,7 @@ impl Run {
     fn check_cpu(&mut self, now: Instant) {
         let Some(limit) = self.cpu_limit else { return };
         let used = match self.cgroup.as_ref().map(Cgroup::cpu_usage) {
-            Some(Ok(usage)) => usage.user + usage.system,
+            Some(Ok(usage)) => usage.total(),
             // A limit that can't be watched is not in force: end the run.
             _ => limit,
         };
@@ -400,7 +467,17 @@ impl Run {
     pub fn on_listener(&mut self, now: Instant) {
         for _ in 0..NOTICES_BATCH {
             let Some(listener) = &self.listener else { return };
-            let Ok(Received::Call(call)) = listener.receive() else { return };
+            let call = match listener.receive() {
+                Ok(Received::Call(call)) => call,
+                Ok(Received::Nothing) => return,
+                Ok(Received::Closed) => {
+                    // Nobody is left whose call could be waiting in it, and it
+                    // would be readable for ever.
+                    self.listener = None;
+                    return;
+                }
+                Err(error) => return self.unheard(Step::Listener, &error, now),
+            };
             let decision = filter::decide(
                 call.nr,
                 call.arch,
@@ -410,9 +487,7 @@ impl Run {
             );
             let (errno, name) = match decision {
                 Decision::Deadly(name) => {
-                    self.denied.get_or_insert(name);
-                    self.stop(StopCause::Syscall, now);
-                    return;
+                    return self.deny(name, now);
                 }
                 Decision::Refuse(errno, name) => (errno, Some(name)),
                 // The filter asked about a call that its own rules allow: it can't be.
@@ -428,6 +503,12 @@ impl Run {
         if self.notices >= NOTICES_FREE {
             self.notices_resume = Some(now + NOTICES_PAUSE);
         }
+    }
+
+    /// A deadly call was made; its name, where it is known.
+    fn deny(&mut self, name: String, now: Instant) {
+        self.denied.get_or_insert(name);
+        self.stop(StopCause::Syscall, now);
     }
 
     fn note_refused(&mut self, name: String) {
@@ -458,9 +539,10 @@ impl Run {
             status: self.status,
             stopped: self.stopped,
             oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
-            denied_syscall: self.denied.clone().or_else(|| self.unnamed_denial()),
+            denied_syscall: self.denied.clone(),
             refused_syscalls: self.refused.clone(),
-            enforced: self.enforced.clone(),
+            // Before the filter, the last step but exec, nothing is complete.
+            enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
             setup: started.saturating_duration_since(self.received),
             wall: ended.saturating_duration_since(started),
             user: usage.user,
@@ -469,21 +551,6 @@ impl Run {
             pids_peak: usage.pids_peak,
             quarantined: self.phase == Phase::Quarantined,
         }
-    }
-
-    /// Without a listener, a deadly call is the only way to die of SIGSYS that
-    /// the filter leaves.
-    fn unnamed_denial(&self) -> Option<String> {
-        let by_filter = self.listener.is_none()
-            && self.enforced.contains(&Control::Seccomp)
-            && self.status == WaitStatus::Signalled(libc::SIGSYS);
-        by_filter.then(String::new)
-    }
-
-    /// Init's pidfd and control socket numbers, for epoll.
-    #[must_use]
-    pub fn watched(&self) -> [i32; 2] {
-        [self.pidfd.as_raw_fd(), self.control.as_raw_fd()]
     }
 }
 

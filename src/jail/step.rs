@@ -160,6 +160,9 @@ pub enum Report {
     Signalled(i32),
     /// A step failed; the process that sends this exits.
     Failed(StepError),
+    /// Where no listener names deadly calls: a process of the run was killed as
+    /// the filter kills, by SIGSYS.
+    Denied,
 }
 
 /// A report's encoded length in bytes.
@@ -176,6 +179,7 @@ impl Report {
             Self::Exited(code) => (4, 0, 0, code),
             Self::Signalled(signal) => (5, 0, 0, signal),
             Self::Failed(error) => (6, error.step as u8, error.index, error.errno),
+            Self::Denied => (7, 0, 0, 0),
         };
         let mut bytes = [0; REPORT_LEN];
         bytes[0] = kind;
@@ -201,6 +205,7 @@ impl Report {
                 index: u16::from_ne_bytes([i0, i1]),
                 errno: value,
             }),
+            7 => Self::Denied,
             _ => return None,
         })
     }
@@ -260,6 +265,7 @@ mod tests {
             Report::Filtered,
             Report::Exited(255),
             Report::Signalled(9),
+            Report::Denied,
         ];
         for &step in Step::ALL {
             reports.push(Report::Failed(StepError { step, index: 300, errno: libc::EPERM }));

@@ -9,18 +9,19 @@ use super::{
     Admission, Artifacts, Container, Instances, Policy, PolicyFamily, PolicySet, check,
     directory::{policy_name, policy_path, profile_path, read_policies, read_text},
     fault::{Fault, Place, tidy},
-    profile,
+    named_or_nobody, profile,
     read::Source,
     resolve::{Effective, resolve},
     written::{PolicyFile, Resolved},
 };
 use crate::{
     jail::{
+        decide,
         plan::{
             Allowed, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template, TemplateId,
             TemplateSet,
         },
-        seccomp::{deadly, profile::default_profile, syscalls},
+        seccomp::{deadly, filter::FilterError, profile::default_profile, syscalls},
     },
     names::Digest,
     sys,
@@ -28,9 +29,6 @@ use crate::{
 
 /// The built-in profile's name.
 const DEFAULT_PROFILE: &str = "default";
-
-/// The user of direct mode where the policy names none.
-const NOBODY: &str = "nobody";
 
 /// A policy directory that is right.
 #[derive(Debug)]
@@ -150,6 +148,11 @@ fn compile(
             })
             .collect();
         let family = PolicyFamily { base, overrides };
+        // Overrides have the same system calls, network and binds.
+        let filter = template(&family.base, user.clone()).map(|base| decide::check_filter(&base));
+        if let Some(Err(error)) = filter {
+            faults.push(filter_fault(&policy.resolved, &error));
+        }
         let variants = family.overrides.iter().map(|(_, policy)| policy);
         templates.extend(
             std::iter::once(&family.base)
@@ -290,7 +293,7 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
         return None;
     }
     let named = &holds.identity.user;
-    let name = if named.value.is_empty() { NOBODY } else { &named.value };
+    let name = named_or_nobody(&named.value);
     let places = [&named.place, &holds.general.mode.place, &holds.general.allow_modes.place];
     let place = places.into_iter().find(|place| place.is_written()).unwrap_or(&named.place);
     let mut fault = |message: String| {
@@ -308,6 +311,16 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
         }
         Some(user) => Some(user),
     }
+}
+
+/// The profile alone was found to be possible when it was read.
+fn filter_fault(holds: &Resolved, error: &FilterError) -> Fault {
+    let seccomp = &holds.seccomp;
+    let places = [&seccomp.profile.place, &seccomp.allow.place, &seccomp.deny.place];
+    let place = places.into_iter().find(|place| place.is_written());
+    let message = format!("the system calls of [seccomp] make no filter: {error}");
+    let help = "simplify the profile, or the lists allow and deny that change it";
+    Fault::new(place.unwrap_or(&seccomp.profile.place), message, help)
 }
 
 /// Seccomp profiles, each read once.

@@ -80,6 +80,21 @@ pub struct Policy {
     pub instances: Instances,
 }
 
+/// The user of direct mode where a policy names none.
+const NOBODY: &str = "nobody";
+
+impl Policy {
+    /// The name of the host user that direct mode runs programs as.
+    #[must_use]
+    pub fn direct_user(&self) -> &str {
+        named_or_nobody(&self.user)
+    }
+}
+
+fn named_or_nobody(user: &str) -> &str {
+    if user.is_empty() { NOBODY } else { user }
+}
+
 /// How a program takes its call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -118,7 +118,7 @@ fn jail(policy: &Policy, steps: &mut Vec<String>) {
 }
 
 fn direct(policy: &Policy, steps: &mut Vec<String>) {
-    let user = if policy.user.is_empty() { "nobody" } else { &policy.user };
+    let user = policy.direct_user();
     steps.push(
         "namespaces: pid (dispatch-init is PID 1); file system and network are the host's"
             .to_owned(),

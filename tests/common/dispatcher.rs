@@ -83,6 +83,21 @@ pub fn plain(rest: &str) -> String {
     format!("argv = \"plain\"\noutput = \"bytes\"\n{}{rest}", best_effort())
 }
 
+/// [`plain`] for direct mode.
+pub fn direct(rest: &str) -> String {
+    plain(&format!("mode = \"direct\"\n{rest}{}", own_user()))
+}
+
+/// Whom direct mode is to run programs as, a table for a policy's end: rootless,
+/// only the dispatcher's own user can be had; else the default, nobody.
+pub fn own_user() -> String {
+    if !rootless() {
+        return String::new();
+    }
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap();
+    format!("[identity]\nuser = {:?}\n", user.expect("the tests' user has a name").name)
+}
+
 /// Rootless, inherited groups cannot be dropped: tests accept that, users must say so.
 pub fn best_effort() -> &'static str {
     if rootless() {

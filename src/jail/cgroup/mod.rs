@@ -194,3 +194,14 @@ pub enum CgroupError {
     #[error("left behind: {0}")]
     LeftBehind(String),
 }
+
+impl CgroupError {
+    /// With what the kernel said, which the error alone leaves to its source.
+    #[must_use]
+    pub fn in_full(&self) -> String {
+        match std::error::Error::source(self) {
+            Some(source) => format!("{self}: {source}"),
+            None => self.to_string(),
+        }
+    }
+}

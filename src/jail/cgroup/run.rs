@@ -204,25 +204,6 @@ impl Cgroup {
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
-    /// Whether no live process is left in it.
-    ///
-    /// # Errors
-    /// Those of reading its files; `Unsupported` where no hierarchy could be had.
-    pub fn is_empty(&self) -> io::Result<bool> {
-        match self.unified_path() {
-            Some(path) => v2::is_empty(path),
-            None if self.sources.is_empty() => Err(io::ErrorKind::Unsupported.into()),
-            None => {
-                for source in &self.sources {
-                    if !v1::is_empty(&source.path)? {
-                        return Ok(false);
-                    }
-                }
-                Ok(true)
-            }
-        }
-    }
-
     /// CPU time of the whole tree since [`Cgroup::start_measuring`].
     ///
     /// # Errors
@@ -253,7 +234,6 @@ impl Cgroup {
             system: cpu.system,
             memory_peak: self.memory_peak().unwrap_or(self.seen.get().memory),
             pids_peak: u32::try_from(tasks).unwrap_or(u32::MAX),
-            oom_kills: self.oom_counts().kills,
         }
     }
 

@@ -40,7 +40,7 @@ fn limits_are_in_force_before_anyone_is_in() {
     if let Some(swap) = value("memory.memsw.limit_in_bytes", "memory.swap.max") {
         assert!([&*memory, "0"].contains(&&*swap), "{swap}");
     }
-    assert!(cgroup.is_empty().unwrap());
+    assert!(!occupied(&host.hierarchy));
     assert!(host.hierarchy.create("run", &limits(), &[]).is_err(), "the name is taken");
     remove(cgroup);
     let tiny = CgroupLimits { cpus: Limit::At(MilliCpus(1)), ..CgroupLimits::UNLIMITED };
@@ -63,7 +63,6 @@ fn a_tenant_over_its_own_limit_is_blamed() {
     assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
     assert_eq!(cgroup.oom(), Oom::Own);
     let usage = cgroup.usage();
-    assert_eq!(usage.oom_kills, 1);
     assert!((30 * MIB..=32 * MIB).contains(&usage.memory_peak), "{usage:?}");
     remove(cgroup);
     host.close();
@@ -128,7 +127,7 @@ fn tasks_are_limited_and_counted() {
         host.close();
         return;
     }
-    until("the end of the children", || cgroup.is_empty().unwrap());
+    until("the end of the children", || !occupied(&host.hierarchy));
     remove(cgroup);
     host.close();
 }
@@ -160,16 +159,22 @@ fn killing_takes_all_and_an_occupied_one_is_given_back() {
     host.close();
 }
 
+/// Whether any process is in the cgroup of the name that these tests give.
+fn occupied(hierarchy: &Hierarchy) -> bool {
+    let sources = hierarchy.directories("run");
+    sources.iter().any(|source| !files::processes(&source.path).unwrap().is_empty())
+}
+
 fn kill_and_remove(hierarchy: &Hierarchy) {
     let cgroup = hierarchy.create("run", &CgroupLimits::UNLIMITED, &[]).unwrap();
     let children = [Child::run(&cgroup, pause_forever), Child::run(&cgroup, spin_forever)];
-    assert!(!cgroup.is_empty().unwrap());
+    assert!(occupied(hierarchy));
     let cgroup = cgroup.remove().expect_err("it is occupied");
     assert!(cgroup.kill());
     for child in children {
         assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
     }
-    until("emptiness", || cgroup.is_empty().unwrap());
+    until("emptiness", || !occupied(hierarchy));
     remove(cgroup);
 }
 
@@ -189,7 +194,7 @@ fn a_child_can_be_cloned_into_it() {
         0 => pause_forever(),
         pid => {
             let pid = Pid::from_raw(i32::try_from(pid).unwrap()).expect("clone3");
-            assert!(!cgroup.is_empty().unwrap());
+            assert!(occupied(&host.hierarchy));
             cgroup.attach_rest(pid).unwrap();
             assert!(cgroup.kill());
             waitpid(Some(pid), WaitOptions::empty()).unwrap();

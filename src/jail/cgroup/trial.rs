@@ -22,7 +22,7 @@ const LIMITS: CgroupLimits = CgroupLimits {
 pub(super) fn run(hierarchy: &Hierarchy) -> Vec<(Control, Reason)> {
     let (cgroup, mut lacks) = match Cgroup::make(hierarchy, "trial", &LIMITS) {
         Ok(made) => made,
-        Err(error) => return all(&mend::failed("making a run's cgroup", &chain(&error))),
+        Err(error) => return all(&mend::failed("making a run's cgroup", &error.in_full())),
     };
     if !hierarchy.features.kill {
         lacks.push((Control::CgroupKill, mend::no_kill()));
@@ -56,7 +56,7 @@ fn with_child(cgroup: &Cgroup) -> Result<Vec<(Control, Reason)>, Reason> {
     // End of file ends the child, where nothing killed it before.
     drop(release);
     waitpid(Some(child), WaitOptions::empty()).map_err(|error| failed("waiting", error.into()))?;
-    attached.map_err(|error| mend::failed("joining a run's cgroup", &chain(&error)))?;
+    attached.map_err(|error| mend::failed("joining a run's cgroup", &error.in_full()))?;
     Ok(lacks)
 }
 
@@ -88,11 +88,4 @@ fn wait_for_end(read: i32, write: i32) -> ! {
 
 fn all(reason: &Reason) -> Vec<(Control, Reason)> {
     super::CONTROLS.into_iter().map(|control| (control, reason.clone())).collect()
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }

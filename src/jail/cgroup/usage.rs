@@ -43,8 +43,6 @@ pub struct Usage {
     /// Highest number of tasks, init excluded, at least 1. Where the kernel
     /// keeps no peak (before 6.1), the highest that was seen by looking.
     pub pids_peak: u32,
-    /// Processes killed for want of memory, whoever's limit it was.
-    pub oom_kills: u64,
 }
 
 /// Memory kills of one cgroup.

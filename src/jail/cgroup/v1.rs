@@ -61,11 +61,6 @@ fn reached(memory: &Path, peak: &str, limit: &str) -> bool {
     }
 }
 
-/// Whether no process is left.
-pub(super) fn is_empty(directory: &Path) -> io::Result<bool> {
-    Ok(files::read(directory, "tasks")?.is_empty())
-}
-
 /// The share of processors in thousandths that `cpu` and what lies above it, up
 /// to `top`, allow: v1 refuses a child more than its parent has.
 pub(super) fn cpu_ceiling(cpu: &Path, top: &Path) -> Option<u32> {

@@ -53,11 +53,6 @@ pub(super) fn oom(directory: &Path) -> io::Result<OomCounts> {
     Ok(OomCounts { kills, own_limit: kills > 0 && own > 0 })
 }
 
-/// Whether no live process is in it or below.
-pub(super) fn is_empty(directory: &Path) -> io::Result<bool> {
-    Ok(files::keyed(directory, "cgroup.events", "populated")? == 0)
-}
-
 /// The top of the whole hierarchy, which alone may hold processes beside children.
 pub(super) fn is_true_root(directory: &Path) -> bool {
     !directory.join("cgroup.type").exists()

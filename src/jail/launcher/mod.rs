@@ -49,6 +49,11 @@ const SETS_KEPT: usize = 4;
 const SET_MAX: u64 = 256 << 20;
 /// Answers that may wait for a server that doesn't read.
 const OUTBOX_MAX: usize = 65_536;
+/// Descriptors that runs leave to the launcher itself: what it has open for good, a
+/// packet's worth ([`sys::FDS_MAX`]), and what it opens for a moment to make a run.
+const OWN_DESCRIPTORS: usize = 64 + sys::FDS_MAX;
+/// How many a cgroup in quarantine has open: its directory and its memory peak.
+const LEFTOVER_DESCRIPTORS: usize = 2;
 /// How long everything may take to be gone when the launcher is told to end.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often something in quarantine is looked at again.
@@ -159,16 +164,23 @@ struct Launcher {
     scheduled: HashMap<u64, Instant>,
     outbox: VecDeque<Vec<u8>>,
     leftovers: Vec<Leftover>,
+    /// When they are looked at again.
+    leftovers_due: Option<Instant>,
     buffer: Vec<u8>,
     fault: Fault,
     ending: Option<Instant>,
+    /// It ends because it can't do its work.
+    failed: bool,
 }
 
 impl Launcher {
     fn new(monitor: OwnedFd, config: &LauncherConfig) -> Result<Self, String> {
         let facts = Facts::find_out().map_err(|error| format!("this host: {error}"))?;
         let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance, &our_processes())
-            .map_err(|error| format!("cgroups: {error}"))?;
+            .map_err(|error| format!("cgroups: {}", error.in_full()))?;
+        for leftover in hierarchy.leftovers() {
+            log(&format!("left by a dispatcher that died, and can't be removed: {leftover}"));
+        }
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
         let launcher = Self {
@@ -186,9 +198,11 @@ impl Launcher {
             scheduled: HashMap::new(),
             outbox: VecDeque::new(),
             leftovers: Vec::new(),
+            leftovers_due: None,
             buffer: vec![0; MESSAGE_MAX],
             fault: Fault::from_environment(),
             ending: None,
+            failed: false,
         };
         launcher
             .watch(&launcher.monitor, Source::Monitor, EventFlags::IN)
@@ -220,9 +234,10 @@ impl Launcher {
             }
         }
         match self.hierarchy.close() {
+            Ok(()) if self.failed => ExitCode::FAILURE,
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                log(&format!("cgroups: {error}"));
+                log(&format!("cgroups: {}", error.in_full()));
                 ExitCode::FAILURE
             }
         }
@@ -230,14 +245,8 @@ impl Launcher {
 
     fn wait(&mut self, tokens: &mut Vec<u64>) -> io::Result<()> {
         let now = Instant::now();
-        let mut deadline = self.timers.first().map(|(at, _)| *at);
-        if !self.leftovers.is_empty() {
-            let retry = now + QUARANTINE_RETRY;
-            deadline = Some(deadline.map_or(retry, |at| at.min(retry)));
-        }
-        if let Some(end) = self.ending {
-            deadline = Some(deadline.map_or(end, |at| at.min(end)));
-        }
+        let timer = self.timers.first().map(|(at, _)| *at);
+        let deadline = [timer, self.leftovers_due, self.ending].into_iter().flatten().min();
         let timeout = deadline.map(|at| {
             let left = at.saturating_duration_since(now);
             rustix::event::Timespec {

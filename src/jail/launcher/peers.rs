@@ -8,7 +8,7 @@ use super::{FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, Sourc
 use crate::{
     jail::{
         decide::Prepared,
-        message::{FromLauncher, FromMonitor, FromServer, StopCause},
+        message::{Exhausted, FromLauncher, FromMonitor, FromServer, Refusal, StopCause},
         plan::TemplateSet,
     },
     names::Digest,
@@ -36,7 +36,13 @@ impl Launcher {
         match (message, fds.pop()) {
             (FromMonitor::Policies, Some(fd)) => match self.load_policies(fd) {
                 Ok(digest) => self.tell(&FromLauncher::Ready { policy_set: digest }),
-                Err(error) => log(&format!("policies: {error}; the earlier ones stay")),
+                Err(error) => {
+                    // The server decides by that set already: calls would be
+                    // refused as stale for ever. The monitor tells of our end.
+                    log(&format!("the policies can't be enforced, so this is the end: {error}"));
+                    self.failed = true;
+                    self.end_all();
+                }
             },
             (FromMonitor::Server, Some(fd)) => self.take_server(fd),
             (other, _) => log(&format!("unexpected from the monitor: {other:?}")),
@@ -101,9 +107,9 @@ impl Launcher {
         // A batch at a time: runs and the monitor want their turn too.
         for _ in 0..16 {
             let Some(server) = &self.server else { return };
-            match sys::receive_packet(server, &mut self.buffer) {
-                Ok(Some((length, fds))) => match postcard::from_bytes(&self.buffer[..length]) {
-                    Ok(message) => self.on_server_message(message, fds),
+            match sys::receive_bytes(server, &mut self.buffer) {
+                Ok(Some(packet)) => match postcard::from_bytes(&self.buffer[..packet.length]) {
+                    Ok(message) => self.on_server_message(message, packet.descriptors),
                     Err(error) => log(&format!("the server's message can't be read: {error}")),
                 },
                 Ok(None) => return self.drop_server(),
@@ -117,11 +123,13 @@ impl Launcher {
         }
     }
 
-    pub(super) fn on_server_message(&mut self, message: FromServer, fds: Vec<OwnedFd>) {
+    /// `fds` is `None` where some of them could not be received.
+    pub(super) fn on_server_message(&mut self, message: FromServer, fds: Option<Vec<OwnedFd>>) {
         match message {
             FromServer::Launch(launch) => {
                 let run = launch.run;
-                if let Err(refusal) = self.launch(launch, fds) {
+                let fds = fds.ok_or(Refusal::Exhausted(Exhausted::Descriptors));
+                if let Err(refusal) = fds.and_then(|fds| self.launch(launch, fds)) {
                     self.tell(&FromLauncher::Refused { run, refusal });
                 }
             }

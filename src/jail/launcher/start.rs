@@ -7,15 +7,15 @@ use std::{
     time::Instant,
 };
 
-use super::{Launcher, log, reap};
+use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log, reap};
 use crate::{
     jail::{
-        cgroup::{Cgroup, CgroupError, CgroupLimits},
+        cgroup::{Cgroup, CgroupError, CgroupLimits, Lack},
         check,
         decide::{Decided, Prepared},
         identity::HostIds,
         init,
-        message::{Launch, LaunchFds, Refusal},
+        message::{Exhausted, Launch, LaunchFds, Refusal},
         namespaces::{self, Cloned},
         plan::{Control, Template},
         run::{self, Parts, Run},
@@ -29,7 +29,7 @@ impl Launcher {
     pub(super) fn launch(&mut self, launch: Launch, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
         let received = Instant::now();
         if self.ending.is_some() {
-            return Err(Refusal::Exhausted { what: "the launcher is ending".into() });
+            return Err(Refusal::Ending);
         }
         let invalid = |what: &str| Refusal::Invalid { what: what.into() };
         if self.serials.contains_key(&launch.run) {
@@ -46,10 +46,11 @@ impl Launcher {
         let fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
         let checked = check::check(&launch, &fds, &prepared.template)
             .map_err(|what| Refusal::Invalid { what })?;
+        if !self.has_descriptors_for(&prepared.template) {
+            return Err(Refusal::Exhausted(Exhausted::Descriptors));
+        }
         let ids = match self.facts.root {
-            true => Some(self.ids.take().ok_or_else(|| Refusal::Exhausted {
-                what: "all host uids of uid_range are in use".into(),
-            })?),
+            true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
             false => None,
         };
         let made = self.make(received, launch, fds, &prepared, &checked, ids);
@@ -65,6 +66,15 @@ impl Launcher {
                 Err(refusal)
             }
         }
+    }
+
+    /// Whether a run more leaves the launcher the descriptors that it needs:
+    /// without one it could neither hear of a run's end nor start another.
+    fn has_descriptors_for(&self, template: &Template) -> bool {
+        let runs: usize = self.runs.values().map(Run::descriptors).sum();
+        let leftovers = LEFTOVER_DESCRIPTORS * self.leftovers.len();
+        let all = OWN_DESCRIPTORS + runs + leftovers + Run::descriptors_needed(template);
+        u64::try_from(all).is_ok_and(|all| all <= self.facts.open_files)
     }
 
     pub(super) fn make(
@@ -133,11 +143,13 @@ impl Launcher {
 
     /// The refusal for a control that this host's cgroups can't give.
     fn lacking(&self, control: Control) -> Refusal {
-        let why = self.hierarchy.available().lacking(control).map_or_else(
-            || "the run's cgroup doesn't have it".to_owned(),
-            |lack| format!("{}; {}", lack.why, lack.mend),
-        );
-        Refusal::ControlUnavailable { control, why }
+        match self.hierarchy.available().lacking(control) {
+            Some(lack) => Refusal::lacking(lack),
+            None => {
+                let why = "the run's cgroup doesn't have it".to_owned();
+                Refusal::ControlUnavailable { control, why }
+            }
+        }
     }
 
     pub(super) fn inject(&self, step: Step) -> Result<(), Refusal> {
@@ -219,7 +231,7 @@ fn cgroup_controls(
 fn cgroup_refusal(error: CgroupError) -> Refusal {
     match error {
         CgroupError::Lacking { control, why, mend } => {
-            Refusal::ControlUnavailable { control, why: format!("{why}; {mend}") }
+            Refusal::lacking(&Lack { control, why, mend })
         }
         CgroupError::Io { what, path, source } => Refusal::Step {
             step: format!("{} ({what} {})", Step::Cgroup, path.display()),

@@ -4,11 +4,11 @@ use std::{os::fd::OwnedFd, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{Launcher, Leftover, Source, log, reap};
+use super::{Launcher, Leftover, QUARANTINE_RETRY, Source, log, reap};
 use crate::jail::{
     identity::HostIds,
     message::FromLauncher,
-    run::{Change, Phase, Run},
+    run::{Change, Heard, Phase, Run},
     step::{Report, Step, StepError},
 };
 
@@ -29,17 +29,7 @@ impl Launcher {
         if let Err(error) = watched {
             log(&format!("a run can't be watched: {error}"));
             let now = Instant::now();
-            self.with_run(serial, |run| {
-                run.on_report(
-                    Report::Failed(StepError {
-                        step: Step::Handshake,
-                        index: 3,
-                        errno: error.raw_os_error().unwrap_or(libc::EIO),
-                    }),
-                    None,
-                    now,
-                );
-            });
+            self.with_run(serial, |run| run.unheard(Step::Handshake, &error, now));
         }
         self.reschedule(serial);
     }
@@ -68,20 +58,23 @@ impl Launcher {
     pub(super) fn on_control(&mut self, serial: u64) {
         loop {
             let Some(run) = self.runs.get_mut(&serial) else { return };
-            match run.next_report() {
-                Ok(Some((report, fd))) => self.on_report(serial, report, fd),
-                Ok(None) => break,
+            match run.listen() {
+                Ok(Heard::Report(report, fd)) => self.on_report(serial, report, fd),
+                Ok(Heard::Nothing) => return,
+                Ok(Heard::Closed) => {
+                    // It stays readable until init is reaped. ENOENT: that is
+                    // what we are here for, and it was heard before.
+                    epoll::delete(&self.epoll, &run.control).ok();
+                    run.closed(Instant::now());
+                    return self.reschedule(serial);
+                }
                 Err(error) => {
-                    log(&format!("a run's control socket: {error}"));
-                    break;
+                    log(&format!("run {}: its control socket: {error}", run.id));
+                    epoll::delete(&self.epoll, &run.control).ok();
+                    run.unheard(Step::Handshake, &error, Instant::now());
+                    return self.reschedule(serial);
                 }
             }
-        }
-        // At its end of file it would be readable until init is reaped.
-        if let Some(run) = self.runs.get(&serial)
-            && matches!(run.phase, Phase::Ending | Phase::Quarantined)
-        {
-            epoll::delete(&self.epoll, &run.control).ok();
         }
     }
 
@@ -107,16 +100,13 @@ impl Launcher {
                 self.tell(&FromLauncher::Started { run: id, at, setup });
             }
             Change::Listener => {
+                let flags = EventFlags::IN | EventFlags::ONESHOT;
                 if let Some(run) = self.runs.get(&serial)
                     && let Some(listener) = run.listener()
-                    && let Err(error) = self.watch(
-                        listener,
-                        Source::Listener(serial),
-                        EventFlags::IN | EventFlags::ONESHOT,
-                    )
+                    && let Err(error) = self.watch(listener, Source::Listener(serial), flags)
                 {
-                    // Unwatched, a forbidden call would hang until the timeout: still held.
-                    log(&format!("a listener can't be watched: {error}"));
+                    log(&format!("run {id}: its listener can't be watched: {error}"));
+                    self.with_run(serial, |run| run.unheard(Step::Listener, &error, now));
                 }
             }
         }
@@ -154,7 +144,9 @@ impl Launcher {
             self.reschedule(serial);
             self.rearm_listener(serial);
         }
-        self.retry_leftovers();
+        if self.leftovers_due.is_some_and(|due| due <= now) {
+            self.retry_leftovers(now);
+        }
     }
 
     /// Init is dead, and with it everything in its pid namespace. The answer
@@ -195,6 +187,7 @@ impl Launcher {
             }
             Err(cgroup) => {
                 self.leftovers.push(Leftover { cgroup, ids: run.ids.take(), run: run.id });
+                self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
                 false
             }
         }
@@ -206,7 +199,7 @@ impl Launcher {
         }
     }
 
-    fn retry_leftovers(&mut self) {
+    fn retry_leftovers(&mut self, now: Instant) {
         for leftover in std::mem::take(&mut self.leftovers) {
             match leftover.cgroup.remove() {
                 Ok(()) => {
@@ -217,6 +210,7 @@ impl Launcher {
                 Err(cgroup) => self.leftovers.push(Leftover { cgroup, ..leftover }),
             }
         }
+        self.leftovers_due = (!self.leftovers.is_empty()).then(|| now + QUARANTINE_RETRY);
     }
 }
 

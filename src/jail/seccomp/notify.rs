@@ -146,15 +146,6 @@ impl Listener {
         unless_gone(self.ioctl(libc::SECCOMP_IOCTL_NOTIF_SEND, &mut Roomy::new(answer)))
     }
 
-    /// Whether the caller of notification `id` still waits. After something was
-    /// looked up by its pid, this tells whether the pid meant that caller.
-    ///
-    /// # Errors
-    /// Those of SECCOMP_IOCTL_NOTIF_ID_VALID but ENOENT.
-    pub fn is_waiting(&self, id: u64) -> io::Result<bool> {
-        unless_gone(self.ioctl(libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &mut Roomy::new(id)))
-    }
-
     fn ioctl<T>(&self, request: libc::Ioctl, message: &mut Roomy<T>) -> io::Result<()> {
         // SAFETY: the kernel reads and writes at most the sizes it told `new`,
         // for which a Roomy has room, and only plain numbers.

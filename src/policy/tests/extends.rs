@@ -6,6 +6,7 @@ use crate::{
         plan::{Control, Mode},
         seccomp::syscalls,
     },
+    policy::profile,
     units::Limit,
 };
 
@@ -163,6 +164,51 @@ fn a_contradiction_across_files_is_told_in_the_file_that_makes_it() {
     let calls = &loaded.set.policies["child"].base.syscalls.allowed;
     assert!(!calls.contains_key(&syscalls::number("socket").unwrap()));
     assert_eq!(loaded.set.policies["child"].base.mode, Mode::Jail);
+}
+
+/// `getpid` with this many values of its first argument, and all else that is harmless.
+fn large_profile(values: u32) -> String {
+    let rule = |value| {
+        format!(
+            "{{\"names\": [\"getpid\"], \"action\": \"SCMP_ACT_ALLOW\", \
+             \"args\": [{{\"index\": 0, \"value\": {value}, \"op\": \"SCMP_CMP_EQ\"}}]}}"
+        )
+    };
+    let mut rules: Vec<_> = (0..values).map(rule).collect();
+    let names: Vec<_> = harmless().iter().map(|name| format!("{name:?}")).collect();
+    let names = names.join(", ");
+    rules.push(format!("{{\"names\": [{names}], \"action\": \"SCMP_ACT_ALLOW\"}}"));
+    let rules = rules.join(", ");
+    format!("{{\"defaultAction\": \"SCMP_ACT_ERRNO\", \"syscalls\": [{rules}]}}")
+}
+
+fn harmless() -> Vec<&'static str> {
+    let calls = crate::jail::seccomp::profile::default_profile().allowed;
+    let names = calls.keys().filter_map(|&number| syscalls::name(number));
+    names.filter(|name| *name != "getpid").collect()
+}
+
+/// As the launcher will have it, with `allow` and `deny`: found here, not there.
+#[test]
+fn a_filter_that_the_kernel_would_not_take_is_a_fault() {
+    let fits = |values| profile::parse(&large_profile(values)).is_ok();
+    let (mut most, mut too_many) = (1, 4096);
+    assert!(fits(most) && !fits(too_many));
+    while too_many - most > 1 {
+        let middle = most.midpoint(too_many);
+        *(if fits(middle) { &mut most } else { &mut too_many }) = middle;
+    }
+    let large = large_profile(most);
+    let profile = ("seccomp/large.json", large.as_str());
+    let alone = ("p.toml", "[seccomp]\nprofile = \"large\"\n");
+    load_files(&[alone, profile]).unwrap();
+    // Every second call gone: twice as many ranges to search.
+    let deny: Vec<_> = harmless().into_iter().step_by(2).collect();
+    let less = format!("[seccomp]\nprofile = \"large\"\ndeny = {deny:?}\n");
+    let faults = load_files(&[("p.toml", &less), profile]).unwrap_err();
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(faults[0].starts_with("p.toml:2:"), "{faults:#?}");
+    assert!(faults[0].contains("too many conditions"), "{faults:#?}");
 }
 
 #[test]

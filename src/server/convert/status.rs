@@ -9,7 +9,7 @@ use crate::{
     dispatch::{CallError, Finished, Reply, rules::Terms},
     execute::{ExecuteError, Outcome, Verdict},
     jail::{
-        message::{Refusal, StopCause},
+        message::{Exhausted, Refusal, StopCause},
         plan::Control,
     },
     units::{Limit, Size, Span},
@@ -300,9 +300,19 @@ fn not_launched(refusal: &Refusal) -> Summary {
                 .with("control", control)
         }
         Refusal::Exec { errno } => not_executable(*errno),
-        Refusal::Exhausted { what } => {
-            let text = format!("no {what} is free");
+        Refusal::Exhausted(what) => {
+            let text = match what {
+                Exhausted::HostIds => "all host user ids of [server] uid_range are in use",
+                Exhausted::Descriptors => {
+                    "the runs at work take all descriptors that the launcher may have open; \
+                     a higher LimitNOFILE= gives room for more"
+                }
+            };
             Summary::refused(Code::ResourceExhausted, "queue_full", text).retry(RETRY_AFTER)
+        }
+        Refusal::Ending => {
+            let text = "the launcher is ending; send the call again";
+            Summary::new(Code::Unavailable, Verdict::Failed, "launcher_lost", text)
         }
         Refusal::Step { step, index, errno } => {
             let error = std::io::Error::from_raw_os_error(*errno);

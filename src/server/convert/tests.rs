@@ -13,7 +13,7 @@ use crate::{
     dispatch::{CallError, Facts, Finished, Reply, rules},
     execute::{ExecuteError, Outcome, Verdict},
     jail::{
-        message::{Refusal, StopCause},
+        message::{Exhausted, Refusal, StopCause},
         plan::{Control, Mode},
     },
     names::{Digest, RunId},
@@ -494,7 +494,13 @@ fn rows_of_calls_that_never_ran() {
             retry,
         ),
         (
-            refused(Refusal::Exhausted { what: "host uid".into() }),
+            refused(Refusal::Exhausted(Exhausted::HostIds)),
+            ResourceExhausted,
+            "queue_full",
+            &[("retry_after_ms", "1000")],
+        ),
+        (
+            refused(Refusal::Exhausted(Exhausted::Descriptors)),
             ResourceExhausted,
             "queue_full",
             &[("retry_after_ms", "1000")],
@@ -535,6 +541,7 @@ fn rows_of_calls_that_never_ran() {
         ),
         (ExecuteError::LauncherLost.into(), Unavailable, Verdict::Failed, "launcher_lost"),
         (ExecuteError::Stuck("start").into(), Internal, Verdict::Failed, "internal"),
+        (refused(Refusal::Ending), Unavailable, Verdict::Failed, "launcher_lost"),
         (refused(Refusal::StalePolicy), Internal, Verdict::Failed, "internal"),
         (refused(Refusal::Invalid { what: "x".into() }), Internal, Verdict::Failed, "internal"),
         (
