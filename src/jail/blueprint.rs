@@ -1,7 +1,7 @@
 //! One run, decided: everything init needs, made before the clone.
 //!
 //! A [`Blueprint`] is what `plan::Template` and `message::Launch` come to on
-//! this host. `build` decides it; `init` only carries it out, so nothing here
+//! this host. `decide` makes it; `init` only carries it out, so nothing here
 //! may need allocation, lookup or judgement later.
 
 use std::ffi::CString;

@@ -12,9 +12,9 @@ use super::{
     identity::{self, HostIds, IdMap},
     landlock, limits,
     message::{Launch, LaunchFds, Refusal},
-    namespaces,
+    namespaces::{self, Namespaces},
     plan::{Control, Mode, Network, Template},
-    root::{self, Ownership, Script},
+    root::{self, DecidedRoot, Ownership, Script},
     seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
 };
@@ -65,7 +65,8 @@ impl Prepared {
         &self.filter_options
     }
 
-    /// Decides one run.
+    /// Decides one run: what is lacking for it, what it is made of, which
+    /// controls that comes to, and what init is told.
     ///
     /// # Errors
     /// [`Refusal::ControlUnavailable`] for what this host can't give.
@@ -77,101 +78,66 @@ impl Prepared {
         facts: &Facts,
         fault: Fault,
     ) -> Result<Decided, Refusal> {
-        let template = &self.template;
-        let jail = launch.mode == Mode::Jail;
-        let lacks = |control: Control, why: String| Refusal::ControlUnavailable { control, why };
-
-        if !facts.stuck_groups.is_empty() && !self.is_best_effort(Control::Groups) {
-            return Err(lacks(
-                Control::Groups,
-                format!(
-                    "the dispatcher's user is in supplementary groups {:?}, which it can't give up without root; run it as a user in none, or add \"groups\" to best_effort",
-                    facts.stuck_groups
-                ),
-            ));
-        }
-        if jail && facts.landlock_abi == 0 && !self.is_best_effort(Control::Landlock(0)) {
-            return Err(lacks(
-                Control::Landlock(0),
-                "the kernel has no Landlock; boot with lsm=landlock,…, or add \"landlock\" to best_effort".into(),
-            ));
-        }
-        let open_files = self.open_files.map_err(|most| {
-            lacks(
-                Control::Rlimits,
-                format!("open_files is over {most}, the most that the dispatcher's own limit leaves; raise LimitNOFILE="),
-            )
-        })?;
-        let network = if jail { template.network } else { Network::Host };
-        let keep = capability_bits(&template.keep_capabilities);
-        let namespaces = namespaces::decide(launch.mode, network, facts.root, keep != 0);
-        let mut enforced = namespaces.controls.clone();
-        enforced.extend([Control::NoNewPrivs, Control::Rlimits]);
-        if keep == 0 || !jail {
-            enforced.push(Control::CapsNone);
-        }
-
-        let (map, program_id, init_id) = self.identities(launch.mode, ids, facts)?;
-        let mut kept_namespaces = Vec::new();
-        let mut root = None;
-        if jail {
-            let ownership = match ids {
-                Some(ids) => Ownership::Idmap { program: ids.program },
-                None => Ownership::Plain { uid: facts.own_ids.0 },
-            };
-            let script = launch
-                .interpreter
-                .as_ref()
-                .map(|_| Script { fd: fds.executable.as_raw_fd(), size: launch.executable_size });
-            let decided = root::decide(&template.filesystem, script, ownership)
-                .map_err(|error| lacks(Control::RootReadonly, error.to_string()))?;
-            (root, kept_namespaces) = (Some(decided.plan), decided.namespaces);
-            enforced.extend([Control::RootReadonly, Control::ProcRestricted, Control::Seccomp]);
-            if ids.is_some() {
-                enforced.push(Control::HostUid);
-            }
-        }
-        let landlock = root
-            .as_ref()
-            .and_then(|root| landlock::Ruleset::decide(facts.landlock_abi, root, network));
-        enforced.extend(landlock.as_ref().map(|rules| Control::Landlock(rules.abi)));
-        // By the sysctl where it can be written, else by the filter: either way in force.
-        if jail && !template.filesystem.tmp_exec {
-            enforced.push(Control::MemfdNoexec);
-        }
-        let memfd_noexec = facts
-            .memfd_noexec
-            .as_ref()
-            .filter(|_| jail && !template.filesystem.tmp_exec)
-            .map(AsRawFd::as_raw_fd);
-
-        let mut kept_fds: Vec<RawFd> = kept_namespaces.iter().map(AsRawFd::as_raw_fd).collect();
-        kept_fds.extend(memfd_noexec);
-        kept_fds.extend(launch.interpreter.as_ref().map(|_| fds.executable.as_raw_fd()));
+        let open_files = self.check_host(launch.mode, facts)?;
+        let makings = self.makings(launch, fds, ids, facts)?;
+        let enforced = makings.controls(ids);
+        let Makings { jail, namespaces, identities, root, .. } = makings;
+        let (root, bind_namespaces) = match root {
+            Some(DecidedRoot { plan, namespaces }) => (Some(plan), namespaces),
+            None => (None, Vec::new()),
+        };
+        let mut keep: Vec<RawFd> = bind_namespaces.iter().map(AsRawFd::as_raw_fd).collect();
+        let memfd_noexec = facts.memfd_noexec.as_ref().filter(|_| makings.memfd_noexec);
+        let memfd_noexec = memfd_noexec.map(AsRawFd::as_raw_fd);
+        keep.extend(memfd_noexec);
+        keep.extend(launch.interpreter.as_ref().map(|_| fds.executable.as_raw_fd()));
+        let filter = Filter { instructions: Rc::clone(&self.filter), notify: facts.notify };
         let blueprint = Blueprint {
             mode: launch.mode,
             outer_namespaces: namespaces.outer,
             inner_namespaces: namespaces.inner,
             maps_first: !facts.root,
             clear_groups: facts.root,
-            program_id,
-            init_id,
+            program_id: identities.program,
+            init_id: identities.init,
             root,
             host_name: jail.then(|| host_name(launch)),
-            loopback: jail && network == Network::Loopback,
+            loopback: jail && makings.network == Network::Loopback,
             memfd_noexec,
-            landlock,
-            rlimits: limits::resource_limits(&template.limits, open_files),
+            landlock: makings.landlock,
+            rlimits: limits::resource_limits(&self.template.limits, open_files),
             last_capability: facts.last_capability,
-            keep_capabilities: if jail { keep } else { 0 },
-            filter: jail
-                .then(|| Filter { instructions: Rc::clone(&self.filter), notify: facts.notify }),
+            keep_capabilities: makings.keep_capabilities,
+            filter: jail.then_some(filter),
             exec_fd: self.filter_options.exec_fd,
             control_fd: self.filter_options.control_fd,
             exec: self.exec(launch),
             fault,
         };
-        Ok(Decided { blueprint, namespaces: kept_namespaces, keep: kept_fds, map, enforced })
+        Ok(Decided { blueprint, namespaces: bind_namespaces, keep, map: identities.map, enforced })
+    }
+
+    /// What this host lacks for any run of this mode, whatever the call. The open
+    /// files that the program may have, where nothing is lacking.
+    fn check_host(&self, mode: Mode, facts: &Facts) -> Result<u64, Refusal> {
+        if !facts.stuck_groups.is_empty() && !self.is_best_effort(Control::Groups) {
+            let why = format!(
+                "the dispatcher's user is in supplementary groups {:?}, which it can't give up without root; run it as a user in none, or add \"groups\" to best_effort",
+                facts.stuck_groups
+            );
+            return Err(lacks(Control::Groups, why));
+        }
+        let landlock = Control::Landlock(0);
+        if mode == Mode::Jail && facts.landlock_abi == 0 && !self.is_best_effort(landlock) {
+            let why = "the kernel has no Landlock; boot with lsm=landlock,…, or add \"landlock\" to best_effort";
+            return Err(lacks(landlock, why.to_owned()));
+        }
+        self.open_files.map_err(|most| {
+            let why = format!(
+                "open_files is over {most}, the most that the dispatcher's own limit leaves; raise LimitNOFILE="
+            );
+            lacks(Control::Rlimits, why)
+        })
     }
 
     /// Whether the policy does without this control where it can't be had.
@@ -179,41 +145,98 @@ impl Prepared {
         self.template.best_effort.iter().any(|word| word.word() == control.word())
     }
 
-    /// The id map, and the ids of program and init in the namespace they end in.
-    #[allow(clippy::type_complexity)]
+    fn makings(
+        &self,
+        launch: &Launch,
+        fds: &LaunchFds,
+        ids: Option<HostIds>,
+        facts: &Facts,
+    ) -> Result<Makings, Refusal> {
+        let template = &self.template;
+        let jail = launch.mode == Mode::Jail;
+        let network = if jail { template.network } else { Network::Host };
+        let keep_capabilities = if jail { capability_bits(&template.keep_capabilities) } else { 0 };
+        let keeps = keep_capabilities != 0;
+        let namespaces = namespaces::decide(launch.mode, network, facts.root, keeps);
+        let identities = self.identities(launch.mode, ids, facts)?;
+        let root = match jail {
+            true => Some(self.root(launch, fds, ids, facts)?),
+            false => None,
+        };
+        let landlock = root
+            .as_ref()
+            .and_then(|root| landlock::Ruleset::decide(facts.landlock_abi, &root.plan, network));
+        Ok(Makings {
+            jail,
+            network,
+            keep_capabilities,
+            namespaces,
+            identities,
+            root,
+            landlock,
+            memfd_noexec: jail && !template.filesystem.tmp_exec,
+        })
+    }
+
+    fn root(
+        &self,
+        launch: &Launch,
+        fds: &LaunchFds,
+        ids: Option<HostIds>,
+        facts: &Facts,
+    ) -> Result<DecidedRoot, Refusal> {
+        let ownership = match ids {
+            Some(ids) => Ownership::Idmap { program: ids.program },
+            None => Ownership::Plain { uid: facts.own_ids.0 },
+        };
+        let script = launch
+            .interpreter
+            .as_ref()
+            .map(|_| Script { fd: fds.executable.as_raw_fd(), size: launch.executable_size });
+        root::decide(&self.template.filesystem, script, ownership)
+            .map_err(|error| lacks(Control::RootReadonly, error.to_string()))
+    }
+
     fn identities(
         &self,
         mode: Mode,
         ids: Option<HostIds>,
         facts: &Facts,
-    ) -> Result<(IdMap, (u32, u32), (u32, u32)), Refusal> {
-        let jail = mode == Mode::Jail;
-        match (ids, &self.template.user) {
-            (Some(ids), _) if jail => {
-                Ok((IdMap::Own(ids), (INSIDE_ID, INSIDE_ID), (INSIDE_INIT_ID, INSIDE_INIT_ID)))
-            }
-            // Direct mode has no user namespace of its own: host ids as they are.
-            (Some(ids), Some(user)) if user.uid != 0 && user.gid != 0 => {
-                Ok((IdMap::Own(ids), (user.uid, user.gid), (ids.init, ids.init)))
-            }
-            (Some(_), _) => {
-                Err(Refusal::Invalid { what: "direct mode has no user to run as".into() })
-            }
-            (None, _) if jail => {
-                let inside = (INSIDE_ID, INSIDE_ID);
-                Ok((IdMap::Launcher { inside }, inside, inside))
-            }
-            (None, Some(user)) if user.uid != 0 && user.gid != 0 => {
-                let own = facts.own_ids;
-                match identity::lacking_user(user, facts.root, own.0) {
-                    // Not as root, whatever the policy puts up with.
-                    Some(lack) if own.0 == 0 || !self.is_best_effort(lack.control) => {
-                        Err(Refusal::lacking(&lack))
-                    }
-                    _ => Ok((IdMap::Launcher { inside: own }, own, own)),
+    ) -> Result<Identities, Refusal> {
+        let inside = (INSIDE_ID, INSIDE_ID);
+        if mode == Mode::Jail {
+            return Ok(match ids {
+                Some(ids) => Identities {
+                    map: IdMap::Own(ids),
+                    program: inside,
+                    init: (INSIDE_INIT_ID, INSIDE_INIT_ID),
+                },
+                None => {
+                    Identities { map: IdMap::Launcher { inside }, program: inside, init: inside }
                 }
-            }
-            (None, _) => Err(Refusal::Invalid { what: "direct mode has no user to run as".into() }),
+            });
+        }
+        let user = self.template.user.as_ref().filter(|user| user.uid != 0 && user.gid != 0);
+        let Some(user) = user else {
+            return Err(Refusal::Invalid { what: "direct mode has no user to run as".into() });
+        };
+        let own = facts.own_ids;
+        match ids {
+            // As root there is no user namespace: host ids as they are.
+            Some(ids) => Ok(Identities {
+                map: IdMap::Own(ids),
+                program: (user.uid, user.gid),
+                init: (ids.init, ids.init),
+            }),
+            None => match identity::lacking_user(user, facts.root, own.0) {
+                // Not as root, whatever the policy puts up with.
+                Some(lack) if own.0 == 0 || !self.is_best_effort(lack.control) => {
+                    Err(Refusal::lacking(&lack))
+                }
+                _ => {
+                    Ok(Identities { map: IdMap::Launcher { inside: own }, program: own, init: own })
+                }
+            },
         }
     }
 
@@ -230,6 +253,53 @@ impl Prepared {
             (None, _) => Exec::Memfd,
         }
     }
+}
+
+/// What a run is made of.
+struct Makings {
+    jail: bool,
+    network: Network,
+    keep_capabilities: u64,
+    namespaces: Namespaces,
+    identities: Identities,
+    root: Option<DecidedRoot>,
+    landlock: Option<landlock::Ruleset>,
+    /// Memory files can't be executed: by the sysctl where it can be written,
+    /// else by the filter.
+    memfd_noexec: bool,
+}
+
+/// The id map, and the ids of program and init in the namespace they end in.
+struct Identities {
+    map: IdMap,
+    program: (u32, u32),
+    init: (u32, u32),
+}
+
+impl Makings {
+    /// The controls that these are.
+    fn controls(&self, ids: Option<HostIds>) -> Vec<Control> {
+        let mut controls = self.namespaces.controls.clone();
+        controls.extend([Control::NoNewPrivs, Control::Rlimits]);
+        if self.keep_capabilities == 0 {
+            controls.push(Control::CapsNone);
+        }
+        if self.jail {
+            controls.extend([Control::RootReadonly, Control::ProcRestricted, Control::Seccomp]);
+        }
+        if self.jail && ids.is_some() {
+            controls.push(Control::HostUid);
+        }
+        controls.extend(self.landlock.as_ref().map(|rules| Control::Landlock(rules.abi)));
+        if self.memfd_noexec {
+            controls.push(Control::MemfdNoexec);
+        }
+        controls
+    }
+}
+
+fn lacks(control: Control, why: String) -> Refusal {
+    Refusal::ControlUnavailable { control, why }
 }
 
 /// Whether the filter of a template can be made, on whichever host it will be.
@@ -271,4 +341,81 @@ fn capability_bits(numbers: &[u8]) -> u64 {
 fn host_name(launch: &Launch) -> CString {
     let id = launch.run.to_string();
     CString::new(format!("run-{}", &id[..8])).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::jail::{
+        plan::{Filesystem, HostUser, Limits, Root, TemplateId},
+        seccomp::profile::default_profile,
+    };
+
+    fn facts(root: bool, own: u32) -> Facts {
+        Facts {
+            root,
+            own_ids: (own, own),
+            stuck_groups: vec![],
+            last_capability: 40,
+            landlock_abi: 7,
+            memfd_noexec: None,
+            open_files: 1024,
+            notify: true,
+            processors: 2,
+        }
+    }
+
+    fn prepared(user: Option<(u32, u32)>, best_effort: &[Control]) -> Prepared {
+        let template = Template {
+            id: TemplateId { policy: "test".into(), variant: 0 },
+            modes: vec![Mode::Direct, Mode::Jail],
+            best_effort: best_effort.to_vec(),
+            limits: Limits::default(),
+            filesystem: Filesystem { root: Root::Empty, tmp: None, tmp_exec: false, binds: vec![] },
+            network: Network::None,
+            syscalls: default_profile(),
+            keep_capabilities: vec![],
+            user: user.map(|(uid, gid)| HostUser { name: "somebody".into(), uid, gid }),
+            environment: BTreeMap::new(),
+            environment_allow: vec![],
+            interpreters: vec![],
+        };
+        Prepared::new(template, &facts(false, 1000)).unwrap()
+    }
+
+    #[test]
+    fn without_root_direct_mode_is_the_launchers_own_user_and_never_root() {
+        let accepted = [Control::HostUid];
+        for (user, best_effort, own, becomes) in [
+            (Some((1000, 1000)), &[][..], 1000, Ok(1000)),
+            (Some((65534, 65534)), &[], 1000, Err("host_uid")),
+            (Some((65534, 65534)), &accepted, 1000, Ok(1000)),
+            (Some((65534, 65534)), &accepted, 0, Err("host_uid")),
+            (Some((0, 0)), &accepted, 0, Err("invalid")),
+            (Some((1000, 0)), &accepted, 1000, Err("invalid")),
+            (None, &accepted, 1000, Err("invalid")),
+        ] {
+            let prepared = prepared(user, best_effort);
+            let found = match prepared.identities(Mode::Direct, None, &facts(false, own)) {
+                Ok(identities) => Ok(identities.program.0),
+                Err(Refusal::ControlUnavailable { control, .. }) => Err(control.word()),
+                Err(_) => Err("invalid"),
+            };
+            assert_eq!(found, becomes, "{user:?} {best_effort:?} by {own}");
+        }
+    }
+
+    #[test]
+    fn in_a_jail_nobody_is_nobody_whoever_the_launcher_is() {
+        let prepared = prepared(None, &[]);
+        for own in [0, 1000] {
+            let identities = prepared.identities(Mode::Jail, None, &facts(false, own)).unwrap();
+            assert_eq!((identities.program, identities.init), ((65534, 65534), (65534, 65534)));
+        }
+        let ids = crate::jail::identity::IdPool::new((2000, 2009)).take().unwrap();
+        let identities = prepared.identities(Mode::Jail, Some(ids), &facts(true, 0)).unwrap();
+        assert_eq!((identities.program, identities.init), ((65534, 65534), (65533, 65533)));
+    }
 }

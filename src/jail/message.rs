@@ -194,7 +194,7 @@ pub enum Refusal {
     Ending,
     /// A launch step failed otherwise.
     Step {
-        /// The step's name, as in `jail::launch`.
+        /// The step's name, as in `jail::step`.
         step: String,
         /// Which item of the step (a mount's number, for one).
         index: u32,

@@ -7,8 +7,9 @@ use std::fmt;
 
 macro_rules! steps {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// One step of a launch. Ordered as they happen.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        /// One step of a launch. Grouped by who does it, and in each group in
+        /// the order in which a jail made by root comes to them first.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u8)]
         pub enum Step {
             $($(#[$doc])* $variant,)*
@@ -31,10 +32,10 @@ macro_rules! steps {
 
 steps! {
     // In the launcher.
-    /// Make the run's cgroups and write their limits.
-    Cgroup = "cgroup",
     /// Make user namespaces for idmapped binds.
     Idmap = "idmap",
+    /// Make the run's cgroups and write their limits.
+    Cgroup = "cgroup",
     /// clone3(2) of init with its namespaces.
     Clone = "clone",
     /// Put init into the cgroups that clone3 could not.
@@ -46,10 +47,14 @@ steps! {
     // In init, PID 1 of the run.
     /// Close what the launcher had open.
     CloseFds = "close_fds",
+    /// Name and signal mask, no_new_privs, dumpable, parent death signal.
+    Attributes = "attributes",
     /// Wait for the launcher's word.
     Handshake = "handshake",
     /// A cgroup namespace rooted at the run's cgroup.
     CgroupNamespace = "cgroup_namespace",
+    /// Forbid executable memfds in this pid namespace.
+    MemfdNoexec = "memfd_noexec",
     /// Take the mounts out of the host's propagation.
     Private = "private",
     /// Clone the host paths that the root shows.
@@ -68,8 +73,6 @@ steps! {
     Populate = "populate",
     /// Make it read-only.
     Readonly = "readonly",
-    /// Forbid executable memfds in this pid namespace.
-    MemfdNoexec = "memfd_noexec",
     /// Host name and loopback interface.
     Network = "network",
     /// The user namespace.
@@ -78,21 +81,19 @@ steps! {
     LandlockRules = "landlock_rules",
     /// Fork the process that becomes the program.
     Fork = "fork",
-    /// User and group ids.
-    Identity = "identity",
     /// Give up capabilities.
     Capabilities = "capabilities",
-    /// no_new_privs, dumpable, parent death signal.
-    Attributes = "attributes",
+    /// User and group ids.
+    Identity = "identity",
     // In the process that becomes the program.
     /// Session and signals.
     Session = "session",
-    /// Resource limits.
-    Rlimits = "rlimits",
-    /// Receive and place the program's descriptors.
-    Descriptors = "descriptors",
     /// Map argv and environment.
     Arguments = "arguments",
+    /// Receive and place the program's descriptors.
+    Descriptors = "descriptors",
+    /// Resource limits.
+    Rlimits = "rlimits",
     /// Enter the Landlock domain.
     Landlock = "landlock",
     /// Install the system call filter.

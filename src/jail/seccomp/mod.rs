@@ -16,6 +16,14 @@
 //! name the call; [`filter::decide`] tells the launcher what to answer, by the
 //! same rules. [`notify`] installs the program and speaks with the kernel.
 
+// The tables of calls, the entries that are deadly and the numbers that libc has
+// are x86-64's. Built for another machine, the filter would take every call for
+// one by a foreign entry, and end every run.
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!(
+    "dispatcher runs on x86-64 only: the tables of its system call filter are made for no other machine"
+);
+
 pub mod deadly;
 pub mod filter;
 pub mod notify;
