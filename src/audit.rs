@@ -1,7 +1,8 @@
 //! One record per execution: who asked for what, under which policy, and how it
 //! ended. It goes to the log under the target `audit`.
 //!
-//! Strings that a caller chose are bounded and escaped.
+//! Strings that a caller chose are bounded, escaped and quoted: none of them can
+//! pass for another field.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -69,11 +70,11 @@ pub fn record(record: &Record) {
     tracing::info!(
         target: AUDIT_TARGET,
         run_id = %record.run_id,
-        request_id = %text(&record.request_id),
+        request_id = ?text(&record.request_id),
         peer = %text(&record.peer),
-        namespace = %text(&record.namespace),
-        service = %text(&record.service),
-        method = %text(&record.method),
+        namespace = ?text(&record.namespace),
+        service = ?text(&record.service),
+        method = ?text(&record.method),
         labels = %labels(&record.labels),
         policy = %record.policy,
         policy_digest = %record.policy_digest,

@@ -37,7 +37,12 @@ pub fn init() {
 
 fn filter(wanted: &str) -> (EnvFilter, Option<String>) {
     let wanted = if wanted.is_empty() { DEFAULT_FILTER } else { wanted };
-    let with_audit = if wanted.contains(AUDIT_TARGET) {
+    // The target itself, not what merely has its name within: "dispatcher::audit".
+    let names_it = |directive: &str| {
+        let target = directive.split(['=', '[']).next().unwrap_or_default();
+        target.trim() == AUDIT_TARGET
+    };
+    let with_audit = if wanted.split(',').any(names_it) {
         wanted.to_owned()
     } else {
         format!("{wanted},{}=info", AUDIT_TARGET)
@@ -132,6 +137,7 @@ mod tests {
     fn audit_records_stay_unless_named() {
         assert!(filter("warn").0.to_string().contains("audit=info"));
         assert!(!filter("info,audit=off").0.to_string().contains("audit=info"));
+        assert!(filter("warn,dispatcher::audit=debug").0.to_string().contains(",audit=info"));
         assert!(filter("").1.is_none());
         assert!(filter("=x=y=").1.is_some());
     }

@@ -362,7 +362,12 @@ fn logs_cannot_be_forged() {
         }));
         reply.refused(Code::InvalidArgument, "bad_field");
     }
+    // Within its line, a value can't pass for another field.
+    let sly = "x verdict=FORGED namespace=other";
+    let call = Call::new("labels", "act").option(|options| options.request_id = sly.into());
+    dispatcher().call(call);
     let log = dispatcher().log();
+    assert!(log.contains(&format!(" request_id={sly:?} ")), "quoted");
     assert!(!log.contains('\u{1b}') && !log.contains('\u{7}'), "escapes in the log");
     assert!(!log.lines().any(|line| line.starts_with("level=ERROR forged")), "a forged line");
 }

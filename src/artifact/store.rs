@@ -18,6 +18,10 @@ use crate::{
 /// Most artifacts held, whatever their size: each takes a descriptor.
 const ENTRIES_MAX: usize = 4096;
 
+/// Of the descriptors that this process may have, artifacts take one in so many:
+/// connections and runs need some as well.
+const DESCRIPTOR_SHARE: u64 = 4;
+
 /// Who holds what. Each namespace has a copy of its own: programs see the file
 /// that they run from (/proc/self/exe), with its times, locks and watches, and
 /// one tenant must not meet another there.
@@ -62,7 +66,11 @@ impl Store {
     /// A store that keeps up to `budget` bytes.
     #[must_use]
     pub fn new(budget: u64) -> Self {
-        Self::bounded(budget, ENTRIES_MAX)
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let share = files.map_or(usize::MAX, |files| {
+            usize::try_from(files / DESCRIPTOR_SHARE).unwrap_or(usize::MAX)
+        });
+        Self::bounded(budget, ENTRIES_MAX.min(share))
     }
 
     fn bounded(bytes_max: u64, entries_max: usize) -> Self {
