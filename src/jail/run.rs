@@ -9,11 +9,15 @@
 //! ```
 //!
 //! The run itself does no I/O towards the server: it changes state and says
-//! what happened; `launcher` sends it.
+//! what happened; `launcher` sends it. `notices` answers forbidden system calls,
+//! `end` puts how it went into the words of the protocol.
+
+mod end;
+mod notices;
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -22,15 +26,14 @@ use super::{
     cgroup::Cgroup,
     decide::Prepared,
     identity::{self, HostIds, IdMap},
-    message::{End, Launch, LaunchFds, Oom, Refusal, StopCause, WaitStatus},
+    message::{Launch, LaunchFds, StopCause, WaitStatus},
     plan::{Control, Template},
-    seccomp::{
-        filter::{self, Decision},
-        notify::{Listener, Received},
-    },
+    seccomp::notify::Listener,
     step::{REPORT_LEN, Report, Start, Step, StepError, word},
 };
 use crate::{names::RunId, sys};
+
+pub use end::refusal;
 
 /// How long a killed run may take to be gone before it is put in quarantine.
 const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -40,14 +43,6 @@ const BUILD_GRACE: Duration = Duration::from_secs(10);
 const CPU_STEP_MIN: Duration = Duration::from_millis(10);
 /// Most time between two: a clock that stood still must not hide it.
 const CPU_STEP_MAX: Duration = Duration::from_secs(60);
-/// Distinct refused calls that are told.
-const REFUSED_MAX: usize = 16;
-/// Refused calls answered at once; beyond that, `NOTICES_BATCH` a `NOTICES_PAUSE`:
-/// a program that does nothing but forbidden calls must not keep the launcher busy.
-const NOTICES_FREE: u32 = 4096;
-const NOTICES_BATCH: u32 = 32;
-const NOTICES_PAUSE: Duration = Duration::from_millis(1);
-
 /// What the launcher has open for a run at most: init's pidfd, the control socket,
 /// the listener, the cgroup's directory and its memory peak; and, until the
 /// program is started, what the launch brought.
@@ -455,136 +450,8 @@ impl Run {
             .unwrap_or(CPU_STEP_MAX)
             .clamp(CPU_STEP_MIN, CPU_STEP_MAX)
     }
-
-    /// The listener, unless it is paused.
-    #[must_use]
-    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
-        self.listener.as_ref().filter(|_| self.notices_resume.is_none()).map(AsFd::as_fd)
-    }
-
-    /// Answers forbidden system calls. A deadly one is never answered: the
-    /// program is killed while it waits.
-    pub fn on_listener(&mut self, now: Instant) {
-        for _ in 0..NOTICES_BATCH {
-            let Some(listener) = &self.listener else { return };
-            let call = match listener.receive() {
-                Ok(Received::Call(call)) => call,
-                Ok(Received::Nothing) => return,
-                Ok(Received::Closed) => {
-                    // Nobody is left whose call could be waiting in it, and it
-                    // would be readable for ever.
-                    self.listener = None;
-                    return;
-                }
-                Err(error) => return self.unheard(Step::Listener, &error, now),
-            };
-            let decision = filter::decide(
-                call.nr,
-                call.arch,
-                &call.args,
-                &self.prepared.template.syscalls,
-                self.prepared.filter_options(),
-            );
-            let (errno, name) = match decision {
-                Decision::Deadly(name) => {
-                    return self.deny(name, now);
-                }
-                Decision::Refuse(errno, name) => (errno, Some(name)),
-                // The filter asked about a call that its own rules allow: it can't be.
-                Decision::Continue => (libc::EPERM, None),
-            };
-            if listener.refuse(call.id, errno).is_err() {
-                // Unanswered it would hang until the timeout, which is no worse.
-                return;
-            }
-            name.into_iter().for_each(|name| self.note_refused(name));
-            self.notices += 1;
-        }
-        if self.notices >= NOTICES_FREE {
-            self.notices_resume = Some(now + NOTICES_PAUSE);
-        }
-    }
-
-    /// A deadly call was made; its name, where it is known.
-    fn deny(&mut self, name: String, now: Instant) {
-        self.denied.get_or_insert(name);
-        self.stop(StopCause::Syscall, now);
-    }
-
-    fn note_refused(&mut self, name: String) {
-        if self.refused.len() < REFUSED_MAX && !self.refused.contains(&name) {
-            self.refused.push(name);
-        }
-    }
-
-    /// Whether the program was ever started, and did not fail on the way to exec.
-    #[must_use]
-    pub fn refusal(&self) -> Option<Refusal> {
-        if let Some(error) = self.failure {
-            return Some(refusal(error));
-        }
-        let untold = self.started.is_none()
-            && self.stopped.is_none()
-            && self.cgroup.as_ref().map(Cgroup::oom) != Some(Oom::Own);
-        untold.then(|| refusal(StepError { step: Step::Clone, index: 1, errno: libc::ECHILD }))
-    }
-
-    /// How it ended. To be asked when it is gone, or when it is put in quarantine.
-    #[must_use]
-    pub fn outcome(&self, now: Instant) -> End {
-        let ended = self.ended.unwrap_or(now);
-        let started = self.started.unwrap_or(ended);
-        let usage = self.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
-        End {
-            status: self.status,
-            stopped: self.stopped,
-            oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
-            denied_syscall: self.denied.clone(),
-            refused_syscalls: self.refused.clone(),
-            // Before the filter, the last step but exec, nothing is complete.
-            enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
-            setup: started.saturating_duration_since(self.received),
-            wall: ended.saturating_duration_since(started),
-            user: usage.user,
-            system: usage.system,
-            memory_peak: usage.memory_peak,
-            pids_peak: usage.pids_peak,
-            quarantined: self.phase == Phase::Quarantined,
-        }
-    }
 }
 
 fn step_error(step: Step, error: &io::Error) -> StepError {
     StepError { step, index: 0, errno: error.raw_os_error().unwrap_or(libc::EIO) }
-}
-
-/// A failed step in the words of the answer.
-pub fn refusal(error: StepError) -> Refusal {
-    let StepError { step, index, errno } = error;
-    let text = io::Error::from_raw_os_error(errno);
-    let lacks = |control: Control, why: String| Refusal::ControlUnavailable { control, why };
-    match step {
-        Step::Exec => Refusal::Exec { errno },
-        Step::Clone | Step::UserNamespace
-            if matches!(errno, libc::EPERM | libc::ENOSPC | libc::EACCES) =>
-        {
-            lacks(
-                Control::NsUser,
-                format!(
-                    "namespaces can't be made: {text}; `dispatcher doctor` tells what forbids it"
-                ),
-            )
-        }
-        Step::Maps => lacks(Control::NsUser, format!("ids can't be mapped: {text}")),
-        Step::Sources | Step::Populate => lacks(
-            Control::RootReadonly,
-            format!("part {index} of the root can't be put in place ({step}): {text}"),
-        ),
-        Step::Proc => lacks(Control::ProcRestricted, format!("/proc can't be mounted: {text}")),
-        Step::Landlock | Step::LandlockRules => {
-            lacks(Control::Landlock(0), format!("landlock ({step} {index}): {text}"))
-        }
-        Step::MemfdNoexec => lacks(Control::MemfdNoexec, text.to_string()),
-        _ => Refusal::Step { step: step.name().into(), index: u32::from(index), errno },
-    }
 }
