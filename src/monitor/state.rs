@@ -10,9 +10,11 @@
 use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
+use crate::server;
 
-/// How much longer than its own drain timeout the server may take to exit.
-pub const DRAIN_GRACE: Duration = Duration::from_secs(5);
+/// How much longer than its own drain timeout the server may take to exit: as
+/// long as it gives itself to answer what it stops, and a moment more.
+pub const DRAIN_GRACE: Duration = server::DRAIN_OVERTIME.saturating_add(Duration::from_secs(1));
 
 /// How long the launcher may take to end all runs and remove their cgroups.
 pub const END_LIMIT: Duration = Duration::from_secs(10);

@@ -82,6 +82,9 @@ const STOP_WAIT: Duration = Duration::from_secs(10);
 /// How long replies may take to be sent once the last call is done.
 const GOODBYE_WAIT: Duration = Duration::from_secs(2);
 
+/// How much longer than its drain timeout the server may take to end.
+pub const DRAIN_OVERTIME: Duration = STOP_WAIT.saturating_add(GOODBYE_WAIT);
+
 /// Where to serve.
 #[derive(Debug, Default)]
 pub struct Listeners {
