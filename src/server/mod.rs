@@ -43,10 +43,11 @@ use crate::{
 use connections::Connections;
 use health::Health;
 use layers::{
+    Before,
     gate::Gate,
-    receive::{MessageLimit, ReceiveLayer},
-    trailers::TrailersLayer,
-    under_way::UnderWayLayer,
+    receive::{MessageLimit, Receive},
+    trailers::AddTrailers,
+    under_way::CountUnderWay,
 };
 use listen::{Incoming, Listener};
 use metrics::{Gauges, Metrics};
@@ -154,13 +155,13 @@ pub async fn run(
     let (end, ended) = oneshot::channel::<()>();
     let server = transport()
         // Outermost: a call is under way until all of its answer is sent.
-        .layer(UnderWayLayer)
+        .layer(Before(CountUnderWay))
         // So far out that every reply of ours gets its trailers.
-        .layer(TrailersLayer)
+        .layer(Before(AddTrailers))
         // Before anything is received: a draining service takes no bytes in.
-        .layer(gate.clone())
+        .layer(Before(gate.clone()))
         // Before anything is decoded: decoding takes as much memory as it is told.
-        .layer(ReceiveLayer::new(bytes, limit))
+        .layer(Before(Receive::new(bytes, limit)))
         .add_routes(routes)
         .serve_with_incoming_shutdown(Incoming::new(listeners.service, &connections), async {
             let _ = ended.await;

@@ -1,19 +1,14 @@
 //! Lets calls in until the service drains, and knows when the last one is done.
 
-use std::{
-    convert::Infallible,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll},
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
 use tokio::sync::watch;
-use tonic::{Code, Status, body::Body};
-use tower::{Layer, Service};
+use tonic::{Code, Status};
 
-use super::{Answer, error, is_ours};
+use super::{Answer, Inner, Pass, Request, error, is_ours};
 
 /// The gate; clones are the same one.
 #[derive(Clone, Debug, Default)]
@@ -74,42 +69,16 @@ impl Drop for Inside {
     }
 }
 
-impl<S> Layer<S> for Gate {
-    type Service = Gated<S>;
-
-    fn layer(&self, inner: S) -> Gated<S> {
-        Gated { inner, gate: self.clone() }
-    }
-}
-
 /// Gives each call a [`Ticket`] in its extensions, or refuses it.
-#[derive(Clone, Debug)]
-pub struct Gated<S> {
-    inner: S,
-    gate: Gate,
-}
-
-impl<S> Service<http::Request<Body>> for Gated<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
-    S::Future: Send + 'static,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Answer;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, mut request: http::Request<Body>) -> Answer {
+impl Pass for Gate {
+    fn pass(&self, mut request: Request, inner: &mut impl Inner) -> Answer {
         if !is_ours(&request) {
-            return Box::pin(self.inner.call(request));
+            return Box::pin(inner.call(request));
         }
-        match self.gate.enter() {
+        match self.enter() {
             Some(ticket) => {
                 request.extensions_mut().insert(ticket);
-                Box::pin(self.inner.call(request))
+                Box::pin(inner.call(request))
             }
             None => Box::pin(std::future::ready(Ok(draining().into_http()))),
         }

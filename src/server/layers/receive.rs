@@ -8,7 +8,6 @@
 
 use std::{
     collections::VecDeque,
-    convert::Infallible,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -19,9 +18,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, body::Body};
-use tower::{Layer, Service};
 
-use super::{Answer, error, is_ours, is_serve, scan::light_bytes};
+use super::{Answer, Inner, Pass, Request, error, is_ours, is_serve, scan::light_bytes};
 use crate::admission::bytes::{ByteBudget, Reservation};
 
 /// How long a message may make no progress.
@@ -62,14 +60,14 @@ impl Received {
 /// How large a Serve message may be; asked for each, as policies change.
 pub type MessageLimit = Arc<dyn Fn() -> u64 + Send + Sync>;
 
-/// Adds [`Receive`].
+/// See the module.
 #[derive(Clone)]
-pub struct ReceiveLayer {
+pub struct Receive {
     budget: ByteBudget,
     limit: MessageLimit,
 }
 
-impl ReceiveLayer {
+impl Receive {
     /// Takes in messages up to `limit`, all of them together up to `budget`.
     #[must_use]
     pub fn new(budget: ByteBudget, limit: MessageLimit) -> Self {
@@ -77,55 +75,25 @@ impl ReceiveLayer {
     }
 }
 
-impl<S> Layer<S> for ReceiveLayer {
-    type Service = Receive<S>;
-
-    fn layer(&self, inner: S) -> Receive<S> {
-        Receive { inner, layer: self.clone() }
-    }
-}
-
-/// See the module.
-#[derive(Clone)]
-pub struct Receive<S> {
-    inner: S,
-    layer: ReceiveLayer,
-}
-
-impl<S> Service<http::Request<Body>> for Receive<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
-        + Clone
-        + Send
-        + 'static,
-    S::Future: Send,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Answer;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, mut request: http::Request<Body>) -> Answer {
-        // The instance that was polled ready is the one to call.
-        let fresh = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, fresh);
+impl Pass for Receive {
+    fn pass(&self, mut request: Request, inner: &mut impl Inner) -> Answer {
         if !is_ours(&request) {
             return Box::pin(inner.call(request));
         }
+        // The instance that was polled ready is the one to call.
+        let fresh = inner.clone();
+        let mut inner = std::mem::replace(inner, fresh);
         request.extensions_mut().insert(Arrival(Instant::now()));
-        let layer = self.layer.clone();
+        let Self { budget, limit } = self.clone();
         Box::pin(async move {
             let serve = is_serve(&request);
-            let limit = if serve { (layer.limit)() } else { LIGHT_MAX };
+            let limit = if serve { limit() } else { LIGHT_MAX };
             let (mut parts, body) = request.into_parts();
-            match receive(body, layer.budget.reserve(), limit, serve).await {
+            match receive(body, budget.reserve(), limit, serve).await {
                 Ok((message, reservation)) => {
                     let reservation = Arc::new(Mutex::new(Some(reservation)));
                     parts.extensions.insert(Received(reservation));
-                    inner.call(http::Request::from_parts(parts, Body::new(message))).await
+                    inner.call(Request::from_parts(parts, Body::new(message))).await
                 }
                 Err(status) => Ok(status.into_http()),
             }

@@ -1,62 +1,26 @@
 //! Tells proxies and dashboards, which don't read messages, how a call went:
 //! HTTP/2 trailers on every reply of ours, gRPC errors included.
 
-use std::{
-    convert::Infallible,
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
-
-use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
+use http_body_util::BodyExt as _;
 use tonic::{Status, body::Body};
-use tower::{Layer, Service};
 
-use super::{Answer, REASON, is_ours};
+use super::{Answer, Inner, Pass, REASON, Request, Response, is_ours};
 use crate::{server::convert::reply::Trailers, wire::status::Code};
 
 /// Adds the [`Trailers`] that a handler put into its response's extensions to
 /// the trailers of that response.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TrailersLayer;
+#[derive(Clone, Copy, Debug)]
+pub struct AddTrailers;
 
-impl<S> Layer<S> for TrailersLayer {
-    type Service = AddTrailers<S>;
-
-    fn layer(&self, inner: S) -> AddTrailers<S> {
-        AddTrailers { inner }
-    }
-}
-
-/// See [`TrailersLayer`].
-#[derive(Clone, Debug)]
-pub struct AddTrailers<S> {
-    inner: S,
-}
-
-impl<S> Service<http::Request<Body>> for AddTrailers<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
-    S::Future: Send + 'static,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Answer;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Answer {
+impl Pass for AddTrailers {
+    fn pass(&self, request: Request, inner: &mut impl Inner) -> Answer {
         let ours = is_ours(&request);
-        let answer = self.inner.call(request);
+        let answer = inner.call(request);
         Box::pin(async move {
             let mut response = answer.await?;
             Ok(match response.extensions_mut().remove::<Trailers>() {
-                Some(trailers) => {
-                    let added = headers(&trailers);
-                    response.map(|inner| Body::new(WithTrailers { inner, added }))
-                }
+                Some(trailers) => with(response, headers(&trailers)),
                 None if ours => refused(response),
                 None => response,
             })
@@ -64,9 +28,21 @@ where
     }
 }
 
+/// Adds to the trailers that the response ends with.
+fn with(response: Response, mut added: HeaderMap) -> Response {
+    response.map(|body| {
+        Body::new(body.map_frame(move |mut frame| {
+            if let Some(trailers) = frame.trailers_mut() {
+                trailers.extend(std::mem::take(&mut added));
+            }
+            frame
+        }))
+    })
+}
+
 /// A gRPC error has no body: its headers are its trailers. Whoever raised it
 /// may have said why.
-fn refused(mut response: http::Response<Body>) -> http::Response<Body> {
+fn refused(mut response: Response) -> Response {
     let headers = response.headers_mut();
     let Some(status) = headers.get(Status::GRPC_STATUS) else { return response };
     let code = code_name(tonic::Code::from_bytes(status.as_bytes()));
@@ -118,33 +94,4 @@ fn headers(trailers: &Trailers) -> HeaderMap {
         map.insert("grpc-retry-pushback-ms", milliseconds.into());
     }
     map
-}
-
-struct WithTrailers {
-    inner: Body,
-    added: HeaderMap,
-}
-
-impl http_body::Body for WithTrailers {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
-        Poll::Ready(frame.map(|frame| {
-            frame.map(|mut frame| {
-                if let Some(trailers) = frame.trailers_mut() {
-                    trailers.extend(std::mem::take(&mut self.added));
-                }
-                frame
-            })
-        }))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
 }

@@ -2,7 +2,6 @@
 //! for as long as it takes the answers.
 
 use std::{
-    convert::Infallible,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -10,9 +9,8 @@ use std::{
 
 use bytes::Bytes;
 use tonic::{Status, body::Body};
-use tower::{Layer, Service};
 
-use super::{Answer, is_ours};
+use super::{Answer, Inner, Pass, Request, is_ours};
 use crate::{
     admission::bytes::Reservation,
     server::connections::{Caller, UnderWay},
@@ -20,40 +18,14 @@ use crate::{
 
 /// Counts calls of the dispatcher's own methods, from their headers to the last
 /// byte of the answer. Others don't count: a health watch lasts for ever.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct UnderWayLayer;
+#[derive(Clone, Copy, Debug)]
+pub struct CountUnderWay;
 
-impl<S> Layer<S> for UnderWayLayer {
-    type Service = CountUnderWay<S>;
-
-    fn layer(&self, inner: S) -> CountUnderWay<S> {
-        CountUnderWay { inner }
-    }
-}
-
-/// See [`UnderWayLayer`].
-#[derive(Clone, Debug)]
-pub struct CountUnderWay<S> {
-    inner: S,
-}
-
-impl<S> Service<http::Request<Body>> for CountUnderWay<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
-    S::Future: Send + 'static,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Answer;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Answer {
+impl Pass for CountUnderWay {
+    fn pass(&self, request: Request, inner: &mut impl Inner) -> Answer {
         let caller = request.extensions().get::<Caller>();
         let under_way = caller.filter(|_| is_ours(&request)).map(Caller::begin);
-        let answer = self.inner.call(request);
+        let answer = inner.call(request);
         Box::pin(async move {
             let mut response = answer.await?;
             let Some(under_way) = under_way else { return Ok(response) };
