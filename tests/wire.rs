@@ -148,6 +148,34 @@ struct Raw {
     body: Vec<u8>,
 }
 
+/// A Serve call begun by hand, alone on its connection, which ends when it is dropped.
+struct Begun {
+    response: h2::client::ResponseFuture,
+    _send: h2::SendStream<Bytes>,
+    _client: h2::client::SendRequest<Bytes>,
+}
+
+/// Sends `message`, the whole of it or, unless it is the `end`, the beginning.
+async fn begin(
+    dispatcher: &Dispatcher,
+    connection: &h2::client::Builder,
+    message: Vec<u8>,
+    end: bool,
+) -> Begun {
+    let stream = tokio::net::TcpStream::connect(dispatcher.address()).await.unwrap();
+    let (client, connection) = connection.handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut client = client.ready().await.unwrap();
+    let request = http::Request::post(format!("http://{}{SERVE}", dispatcher.address()))
+        .header(GRPC.0, GRPC.1)
+        .body(())
+        .unwrap();
+    let (response, mut send) = client.send_request(request, false).unwrap();
+    // The server may well refuse before it has all of it.
+    let _ = send.send_data(message.into(), end);
+    Begun { response, _send: send, _client: client }
+}
+
 async fn raw(path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Result<Raw, h2::Error> {
     let stream = tokio::net::TcpStream::connect(dispatcher().address()).await.unwrap();
     let (client, connection) = h2::client::handshake(stream).await?;
@@ -336,28 +364,19 @@ fn bytes_in_flight_are_bounded() {
     dispatcher.run("jail", "act", &[]).ok();
     let serve = dispatcher.process("dispatch-serve");
     let before = serve.resident().unwrap();
-    let streams = client::runtime().block_on(async {
-        let mut streams = vec![];
+    let calls = client::runtime().block_on(async {
+        let mut calls = vec![];
         for _ in 0..24 {
-            let stream = tokio::net::TcpStream::connect(dispatcher.address()).await.unwrap();
-            let (client, connection) = h2::client::handshake(stream).await.unwrap();
-            tokio::spawn(connection);
-            let mut client = client.ready().await.unwrap();
-            let request = http::Request::post(format!("http://{}{SERVE}", dispatcher.address()))
-                .header(GRPC.0, GRPC.1)
-                .body(())
-                .unwrap();
-            let (response, mut send) = client.send_request(request, false).unwrap();
             // 12 MiB of a message of 16: 288 MiB in all, if it were let in.
-            let _ = send.send_data(framed(0, 16 << 20, &vec![0; 12 << 20]).into(), false);
-            streams.push((client, response, send));
+            let half = framed(0, 16 << 20, &vec![0; 12 << 20]);
+            calls.push(begin(&dispatcher, &h2::client::Builder::new(), half, false).await);
         }
-        streams
+        calls
     });
     std::thread::sleep(patience(Duration::from_secs(2))); // time enough to take too much
     let grown = serve.resident().unwrap().saturating_sub(before);
     assert!(grown < 128 << 20, "{} MiB for 24 half-sent messages", grown >> 20);
-    drop(streams);
+    drop(calls);
     wait_until("served again", Duration::from_secs(10), || {
         dispatcher
             .try_call(Call::new("jail", "act"))
@@ -429,27 +448,17 @@ fn an_answer_counts_until_it_is_taken() {
     };
     let call = Call::new("jail", "hog").args(&["stdout", "1m"]).request;
     let message = framed(0, call.encoded_len() as u32, &call.encode_to_vec());
-    let stream = client::runtime().block_on(async {
-        let stream = tokio::net::TcpStream::connect(dispatcher.address()).await.unwrap();
+    let (call, response) = client::runtime().block_on(async {
         // The least window there is: nothing of the answer fits.
-        let (client, connection) = h2::client::Builder::new()
-            .initial_window_size(0)
-            .handshake::<_, Bytes>(stream)
-            .await
-            .unwrap();
-        tokio::spawn(connection);
-        let mut client = client.ready().await.unwrap();
-        let request = http::Request::post(format!("http://{}{SERVE}", dispatcher.address()))
-            .header(GRPC.0, GRPC.1)
-            .body(())
-            .unwrap();
-        let (response, mut send) = client.send_request(request, false).unwrap();
-        send.send_data(message.into(), true).unwrap();
-        (client, response.await.unwrap(), send)
+        let mut connection = h2::client::Builder::new();
+        connection.initial_window_size(0);
+        let mut call = begin(&dispatcher, &connection, message, true).await;
+        let response = (&mut call.response).await.unwrap();
+        (call, response)
     });
-    assert_eq!(stream.1.status(), 200);
+    assert_eq!(response.status(), 200);
     wait_until("the answer is held", patience(Duration::from_secs(5)), || held() > 1 << 20);
-    drop(stream);
+    drop((call, response));
     wait_until("it is given back", patience(Duration::from_secs(5)), || held() == 0);
     dispatcher.stop();
 }
