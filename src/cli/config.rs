@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 
 use crate::{
     config::{self, Surroundings},
-    policy::fault::Fault,
+    policy::fault::tell,
 };
 
 /// The thing checked is wrong.
@@ -76,17 +76,12 @@ fn check(
 ) -> io::Result<u8> {
     match config::check_file(file, surroundings) {
         Ok(()) => {
-            for fault in config::exposed(file) {
-                let message = format!("warning: {}", fault.message);
-                writeln!(err, "{}", Fault { message, ..fault })?;
-            }
+            tell(&config::exposed(file), "warning: ", err)?;
             writeln!(out, "{}: no faults", file.display())?;
             Ok(0)
         }
         Err(faults) => {
-            for fault in &faults {
-                writeln!(err, "{fault}")?;
-            }
+            tell(&faults, "", err)?;
             Ok(WRONG)
         }
     }

@@ -14,7 +14,7 @@ use crate::{
     policy::{
         compile::{Loaded, host_user, load, load_file},
         explain::explain,
-        fault::Fault,
+        fault::{Fault, tell},
         schema::schema,
     },
 };
@@ -183,14 +183,6 @@ fn parse_call(namespace: &str, call: Option<&str>) -> Result<(Namespace, Option<
     let service = service.parse().map_err(|error| format!("service {service:?} {error}"))?;
     let method = method.parse().map_err(|error| format!("method {method:?} {error}"))?;
     Ok((parsed, Some((service, method))))
-}
-
-fn tell(faults: &[Fault], prefix: &str, err: &mut dyn Write) -> io::Result<()> {
-    for fault in faults {
-        let message = format!("{prefix}{}", fault.message);
-        writeln!(err, "{}", Fault { message, ..fault.clone() })?;
-    }
-    Ok(())
 }
 
 fn counted(number: usize, one: &str, many: &str) -> String {

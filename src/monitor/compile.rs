@@ -25,7 +25,7 @@ use crate::{
     names::Digest,
     policy::{
         compile::{Loaded, host_user, load},
-        fault::Fault,
+        fault::tell,
     },
 };
 
@@ -230,25 +230,15 @@ fn compile() -> io::Result<u8> {
     let (mut set, mut templates) = (passed(FIRST_FD)?, passed(FIRST_FD + 1)?);
     match load(Path::new(&directory), &host_user) {
         Ok(loaded) => {
-            tell("warning: ", &loaded.warnings)?;
+            tell(&loaded.warnings, "warning: ", &mut io::stderr().lock())?;
             let (for_server, for_launcher) = encode(&loaded)?;
             set.write_all(&for_server)?;
             templates.write_all(&for_launcher)?;
             Ok(0)
         }
         Err(faults) => {
-            tell("", &faults)?;
+            tell(&faults, "", &mut io::stderr().lock())?;
             Ok(FAULTY)
         }
     }
-}
-
-/// One line each, as FILE:LINE:COLUMN.
-fn tell(prefix: &str, faults: &[Fault]) -> io::Result<()> {
-    let mut stderr = io::stderr().lock();
-    for fault in faults {
-        let message = format!("{prefix}{}", fault.message);
-        writeln!(stderr, "{}", Fault { message, ..fault.clone() })?;
-    }
-    Ok(())
 }

@@ -1,6 +1,11 @@
 //! What is wrong in a file, where, and what to write instead.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{
+    fmt,
+    io::{self, Write},
+    path::Path,
+    sync::Arc,
+};
 
 /// Longest piece of someone's text that a message repeats, in characters.
 const QUOTED_MAX: usize = 60;
@@ -120,6 +125,18 @@ pub fn tidy(mut faults: Vec<Fault>) -> Vec<Fault> {
     faults.sort();
     faults.dedup();
     faults
+}
+
+/// Writes each on a line of its own, `prefix` before its message.
+///
+/// # Errors
+/// Those of `to`.
+pub fn tell(faults: &[Fault], prefix: &str, to: &mut dyn Write) -> io::Result<()> {
+    for fault in faults {
+        let message = format!("{prefix}{}", fault.message);
+        writeln!(to, "{}", Fault { message, ..fault.clone() })?;
+    }
+    Ok(())
 }
 
 /// Somebody's text, quoted, without control characters, and cut where it is long.
