@@ -1,21 +1,12 @@
 //! Messages of the wire as canonical JSON, as grpcurl shows and takes it.
 
-use std::sync::LazyLock;
-
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
+use prost_reflect::{DynamicMessage, MessageDescriptor};
 use prost_types::Any;
 use serde_json::{Value, json};
 
-use crate::wire::{self, ServeRequest, ServeResponse};
-
-static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    let mut pool = DescriptorPool::global();
-    pool.decode_file_descriptor_set(wire::DESCRIPTORS)
-        .expect("the descriptors are our own build's");
-    pool
-});
+use crate::wire::{POOL, ServeRequest, ServeResponse};
 
 /// The type that holds any other.
 const ANY: &str = "google.protobuf.Any";
@@ -162,6 +153,7 @@ fn to_json(name: &str, message: &impl Message) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire;
 
     #[test]
     fn outputs_of_any_type_can_be_shown() {

@@ -1,12 +1,12 @@
 //! An Any as canonical JSON, for programs that would rather not decode messages.
 
-use std::{io, sync::LazyLock};
+use std::io;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use prost_reflect::{DescriptorPool, DynamicMessage, ReflectMessage as _, SerializeOptions, Value};
+use prost_reflect::{DynamicMessage, ReflectMessage as _, SerializeOptions, Value};
 use serde_json::json;
 
-use crate::{call::Input, wire};
+use crate::{call::Input, wire::POOL};
 
 /// Inputs larger than this are not decoded: their JSON would hardly be smaller
 /// than what fits, and decoding takes many times their size.
@@ -16,16 +16,6 @@ const DECODE_MAX: usize = 256 << 10;
 const ANY_DEPTH_MAX: u8 = 16;
 
 const ANY: &str = "google.protobuf.Any";
-
-/// The types that are known: the well-known ones and the wire's own.
-static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    let mut pool = DescriptorPool::global();
-    // The descriptors are our own build's; without them only fewer types are known.
-    if let Err(error) = pool.decode_file_descriptor_set(wire::DESCRIPTORS) {
-        tracing::error!(%error, "the wire's own descriptors can't be used");
-    }
-    pool
-});
 
 /// Renders an input as JSON of at most `limit` bytes; `None` if it doesn't fit.
 ///
@@ -123,6 +113,7 @@ impl io::Write for Bounded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire;
     use prost::Message as _;
 
     fn input(name: &str, value: impl Into<bytes::Bytes>) -> Input {
