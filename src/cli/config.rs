@@ -8,13 +8,11 @@ use std::{
 
 use clap::{Args, Subcommand};
 
+use super::exit;
 use crate::{
     config::{self, Surroundings},
     policy::fault::tell,
 };
-
-/// The thing checked is wrong.
-const WRONG: u8 = 1;
 
 /// Arguments of `dispatcher config`.
 #[derive(Debug, Args)]
@@ -44,7 +42,7 @@ pub fn run(args: &ConfigArgs) -> ExitCode {
         stdout.flush()?;
         Ok(code)
     });
-    outcome.map_or(ExitCode::from(WRONG), ExitCode::from)
+    outcome.map_or(ExitCode::from(exit::FAILURE), ExitCode::from)
 }
 
 fn run_with(
@@ -82,7 +80,7 @@ fn check(
         }
         Err(faults) => {
             tell(&faults, "", err)?;
-            Ok(WRONG)
+            Ok(exit::FAILURE)
         }
     }
 }

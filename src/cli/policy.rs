@@ -8,6 +8,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
+use super::exit;
 use crate::{
     config::{self, ConfigOverrides, Surroundings},
     names::{MethodName, Namespace, ServiceName},
@@ -18,13 +19,6 @@ use crate::{
         schema::schema,
     },
 };
-
-/// The thing checked is wrong.
-const WRONG: u8 = 1;
-/// The command line is wrong.
-const USAGE: u8 = 2;
-/// The server's own file is wrong.
-const BAD_CONFIGURATION: u8 = 78;
 
 /// Arguments of `dispatcher policy`.
 #[derive(Debug, Args)]
@@ -64,7 +58,7 @@ pub fn run(args: &PolicyArgs) -> ExitCode {
         Ok(code)
     });
     // A reader that went away (`| head`) is no failure of ours to tell.
-    outcome.map_or(ExitCode::from(WRONG), ExitCode::from)
+    outcome.map_or(ExitCode::from(exit::FAILURE), ExitCode::from)
 }
 
 fn run_with(args: &PolicyArgs, out: &mut dyn Write, err: &mut dyn Write) -> io::Result<u8> {
@@ -98,7 +92,7 @@ fn default_directory() -> Result<PathBuf, Vec<Fault>> {
 
 fn bad_configuration(faults: &[Fault], err: &mut dyn Write) -> io::Result<u8> {
     tell(faults, "", err)?;
-    Ok(BAD_CONFIGURATION)
+    Ok(exit::BAD_CONFIGURATION)
 }
 
 fn check(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> io::Result<u8> {
@@ -118,7 +112,7 @@ fn check(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> io::Res
                 tell(&faults, "", err)?;
                 let faults = counted(faults.len(), "fault", "faults");
                 writeln!(err, "{}: {faults}", path.display())?;
-                code = WRONG;
+                code = exit::FAILURE;
             }
         }
     }
@@ -142,14 +136,14 @@ fn explain_one(
         Ok(parsed) => parsed,
         Err(message) => {
             writeln!(err, "dispatcher: {message}")?;
-            return Ok(USAGE);
+            return Ok(exit::USAGE);
         }
     };
     let loaded = match load(directory, &host_user) {
         Ok(loaded) => loaded,
         Err(faults) => {
             tell(&faults, "", err)?;
-            return Ok(WRONG);
+            return Ok(exit::FAILURE);
         }
     };
     tell(&loaded.warnings, "warning: ", err)?;
@@ -167,7 +161,7 @@ fn explain_one(
                  {directory} has neither {namespace}.toml nor default.toml; write one of them",
                 namespace.as_str(),
             )?;
-            Ok(WRONG)
+            Ok(exit::FAILURE)
         }
     }
 }

@@ -24,9 +24,6 @@ use crate::{
 };
 use trial::Subject as Tried;
 
-/// A policy can't be enforced here, or is wrong.
-const WRONG: u8 = 1;
-
 /// Arguments of `dispatcher doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -60,7 +57,7 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     let host = match Host::examine(&settings) {
         Ok(host) => host,
         Err(error) => {
-            return exit::fail(WRONG, format_args!("this host can't be examined: {error}"));
+            return exit::fail(exit::FAILURE, format_args!("this host can't be examined: {error}"));
         }
     };
     // A directory that nobody named may be missing: that is no illness of the host's.
@@ -79,14 +76,14 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     };
     let told = told.and_then(|()| stdout.flush());
     if let Err(error) = closed {
-        return exit::fail(WRONG, error);
+        return exit::fail(exit::FAILURE, error);
     }
     if let Err(error) = tried {
-        return exit::fail(WRONG, format_args!("no jail could be tried: {error}"));
+        return exit::fail(exit::FAILURE, format_args!("no jail could be tried: {error}"));
     }
     match (told, diagnosis.policies.all_well()) {
         (Ok(()), true) => ExitCode::SUCCESS,
-        _ => ExitCode::from(WRONG),
+        _ => ExitCode::from(exit::FAILURE),
     }
 }
 
