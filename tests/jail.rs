@@ -67,8 +67,8 @@ fn dispatcher() -> &'static Dispatcher {
             ("hostnet", plain("[network]\nmode = \"host\"\n")),
             ("models", bind("models", "/models", true)),
             ("secret", bind("secret", "/secret", true)),
-            ("work", bind("work", "/srv/work", false)),
-            ("roots", bind("roots", "/srv/work", false)),
+            ("work", bind("work", "/srv/jobs", false)),
+            ("roots", bind("roots", "/srv/jobs", false)),
             ("no-tmp", plain("[filesystem]\ntmp = \"none\"\n")),
             ("small-tmp", plain("[filesystem]\ntmp = \"4MiB\"\n")),
             ("exec-tmp", plain("[filesystem]\ntmp_exec = true\n")),
@@ -463,8 +463,8 @@ fn private_binds_act_as_their_owner_or_not_at_all() {
     }
     assert_eq!(reply.ok().text(), "owner only");
 
-    let reply = dispatcher().run("work", "act", &["write", "/srv/work/result", "made inside"]).ok();
-    assert_eq!(reply.facts().one("/srv/work/result"), "ok");
+    let reply = dispatcher().run("work", "act", &["write", "/srv/jobs/result", "made inside"]).ok();
+    assert_eq!(reply.facts().one("/srv/jobs/result"), "ok");
     let made = fixture("work/result");
     assert_eq!(fs::read_to_string(&made).unwrap(), "made inside");
     let (owner, file) = (fs::metadata(fixture("work")).unwrap(), fs::metadata(&made).unwrap());
@@ -473,7 +473,7 @@ fn private_binds_act_as_their_owner_or_not_at_all() {
         (owner.uid(), owner.gid()),
         "owned by the directory's owner"
     );
-    let again = dispatcher().run("work", "act", &["cat", "/srv/work/result"]).ok();
+    let again = dispatcher().run("work", "act", &["cat", "/srv/jobs/result"]).ok();
     assert_eq!(again.text(), "made inside", "the next run reads it too, whatever uid it drew");
 }
 
@@ -488,7 +488,7 @@ fn no_run_leaves_a_set_user_id_file() {
     }
     // A jail's own /tmp is nosuid and goes with the run; these stay.
     for namespace in ["roots", "work"] {
-        let call = dispatcher().run(namespace, "attack", &["setuid-bit", "/srv/work"]);
+        let call = dispatcher().run(namespace, "attack", &["setuid-bit", "/srv/jobs"]);
         let facts = call.ok().facts();
         assert!(facts.one("setuid-bit").starts_with("refused"), "{namespace}: {facts:?}");
     }

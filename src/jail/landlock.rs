@@ -252,7 +252,7 @@ mod tests {
             Piece::Directory(c"etc".to_owned()),
             bind("/usr".as_ref(), true, READ_ONLY),
             bind("/lib64/ld.so".as_ref(), false, READ_ONLY),
-            bind("/srv/work".as_ref(), true, WRITABLE),
+            bind("/srv/jobs".as_ref(), true, WRITABLE),
             bind("/srv/log".as_ref(), false, WRITABLE),
         ]
     }
@@ -294,7 +294,7 @@ mod tests {
                 ("/usr/bin/env", true, false),
                 ("/lib64/ld.so", true, false),
                 ("/tmp/made/inside", tmp_exec, true),
-                ("/srv/work/made", false, true),
+                ("/srv/jobs/made", false, true),
                 ("/srv/log", false, true),
                 ("/dev/null", false, true),
                 ("/proc/self/mem", false, false),
