@@ -36,8 +36,8 @@ Examples:
 
 Exit codes: 0 well; 1 what was checked is wrong; 2 usage; 69 the server can't be
 reached; 78 bad configuration. `run` and `call` give the program's own exit code,
-128+N for a signal, 124 timed out, 125 refused or failed, 137 over a limit,
-159 for a forbidden system call.";
+128+N for a signal, 124 timed out, 125 refused or failed, 130 cancelled,
+137 over a limit, 159 for a forbidden system call.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
