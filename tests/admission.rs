@@ -9,7 +9,7 @@ use std::{
 
 use common::{
     Call, Dispatcher, Reply, Settings,
-    client::to_duration,
+    client::{gauge, to_duration},
     dispatcher::{Running, plain},
     host, scaled_ms, shared, slowness, token, wait_until,
 };
@@ -20,10 +20,13 @@ fn rate() -> u32 {
     (5.0 / slowness()).max(1.0) as u32
 }
 
+fn policy(lines: &str) -> String {
+    plain(&format!("[admission]\n{lines}\n"))
+}
+
 fn dispatcher() -> &'static Dispatcher {
     static SERVER: OnceLock<Dispatcher> = OnceLock::new();
     shared(&SERVER, || {
-        let policy = |lines: &str| plain(&format!("[admission]\n{lines}\n"));
         let brief = format!("concurrency = 1\nqueue = 4\nqueue_timeout = \"{}ms\"", scaled_ms(300));
         Dispatcher::start([
             // One policy per test: the tests run at the same time.
@@ -32,7 +35,6 @@ fn dispatcher() -> &'static Dispatcher {
             ("deadline", policy("concurrency = 1\nqueue = 4\nqueue_timeout = \"1m\"")),
             ("none", policy("concurrency = 1\nqueue = 0")),
             ("leaving", policy("concurrency = 1\nqueue = 1\nqueue_timeout = \"1m\"")),
-            ("order", policy("concurrency = 1\nqueue = 8\nqueue_timeout = \"1m\"")),
             ("three", policy("concurrency = 3\nqueue = 64\nqueue_timeout = \"1m\"")),
             ("rate", policy(&format!("rate = \"{}/s\"", rate()))),
             ("slow-rate", policy("rate = \"1/h\"")),
@@ -153,14 +155,22 @@ fn who_leaves_the_queue_frees_the_place() {
 
 #[test]
 fn the_queue_keeps_its_order() {
-    let (first, _) = occupy(dispatcher(), "order");
+    // One of its own: the metrics count who waits under any policy.
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("health");
+    let order = policy("concurrency = 1\nqueue = 8\nqueue_timeout = \"1m\"");
+    let dispatcher = Settings::new([("order", order)])
+        .server(&format!("health_listen = \"unix:{}\"\n", socket.display()))
+        .start();
+    let (first, _) = occupy(&dispatcher, "order");
     let mut waiting = vec![];
     for index in 0..4 {
-        waiting.push(
-            dispatcher().begin(Call::new("order", "act").args(&["print", &index.to_string()])),
-        );
-        // Arrival is what counts; this much apart it is unambiguous.
-        std::thread::sleep(Duration::from_millis(scaled_ms(50)));
+        let call = Call::new("order", "act").args(&["print", &index.to_string()]);
+        waiting.push(dispatcher.begin(call));
+        // Arrival is what counts.
+        wait_until("it has arrived", Duration::from_secs(10), || {
+            gauge(&socket, "dispatcher_waiting") == waiting.len() as u64
+        });
     }
     first.cancel();
     let replies: Vec<_> = waiting.into_iter().map(|call| call.finish().unwrap().ok()).collect();
@@ -169,6 +179,7 @@ fn the_queue_keeps_its_order() {
         (time.seconds, time.nanos)
     };
     assert!(replies.is_sorted_by_key(start), "first come, first served");
+    dispatcher.stop();
 }
 
 #[test]

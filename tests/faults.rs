@@ -118,6 +118,7 @@ fn check(name: &str, must: bool) -> bool {
             <= 4
     });
     // Where jails are built ahead, one that can't be built is not tried without end.
+    // Nothing tells that it rests but the processor time of a while.
     let spent = ticks(&launcher);
     std::thread::sleep(Duration::from_millis(500));
     assert!(ticks(&launcher) - spent < 25, "{name}: the launcher is busy failing");

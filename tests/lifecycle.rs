@@ -305,7 +305,8 @@ fn holdings(dispatcher: &Dispatcher) -> [(Option<usize>, u64); 2] {
     ["dispatch-serve", "dispatch-launch"].map(|name| {
         let process = dispatcher.process(name);
         let mut last = Some(usize::MAX);
-        // Jails are built ahead after each call: wait until that is over.
+        // Jails are built ahead after each call: wait until that is over. Nothing
+        // tells so but two looks, this much apart, that find the same.
         wait_until("descriptors settle", Duration::from_secs(20), || {
             thread::sleep(Duration::from_millis(300));
             let now = process.descriptors();

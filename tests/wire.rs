@@ -15,11 +15,14 @@ use std::{
 
 use bytes::Bytes;
 use common::{
-    Call, Dispatcher, Settings, client, dispatcher::plain, patience, programs, shared, skip,
-    wait_until,
+    Call, Dispatcher, Settings,
+    client::{self, gauge, http_get},
+    dispatcher::plain,
+    patience, programs, shared, skip, wait_until,
 };
 use dispatcher::wire::{ServeResponse, Verdict, status::Code};
 use prost::Message as _;
+use tokio::task::JoinSet;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -359,24 +362,40 @@ fn noise_and_slow_clients_don_t_matter() {
 /// Half-sent messages hold memory only up to the configured bound.
 #[test]
 fn bytes_in_flight_are_bounded() {
-    let settings = Settings::new([("jail", plain(""))]).server("inflight_bytes = \"32MiB\"\n");
-    let dispatcher = settings.start();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("health");
+    let dispatcher = Settings::new([("jail", plain(""))])
+        .server(&format!(
+            "inflight_bytes = \"32MiB\"\nhealth_listen = \"unix:{}\"\n",
+            socket.display()
+        ))
+        .start();
     dispatcher.run("jail", "act", &[]).ok();
     let serve = dispatcher.process("dispatch-serve");
     let before = serve.resident().unwrap();
-    let calls = client::runtime().block_on(async {
-        let mut calls = vec![];
+    // 12 MiB of a message of 16: 288 MiB in all, if they were let in.
+    let half = framed(0, 16 << 20, &vec![0; 12 << 20]);
+    let mut unanswered = client::runtime().block_on(async {
+        let mut calls = JoinSet::new();
         for _ in 0..24 {
-            // 12 MiB of a message of 16: 288 MiB in all, if it were let in.
-            let half = framed(0, 16 << 20, &vec![0; 12 << 20]);
-            calls.push(begin(&dispatcher, &h2::client::Builder::new(), half, false).await);
+            let builder = h2::client::Builder::new();
+            let mut call = begin(&dispatcher, &builder, half.clone(), false).await;
+            calls.spawn(async move { ((&mut call.response).await.unwrap(), call) });
         }
         calls
     });
-    std::thread::sleep(patience(Duration::from_secs(2))); // time enough to take too much
-    let grown = serve.resident().unwrap().saturating_sub(before);
-    assert!(grown < 128 << 20, "{} MiB for 24 half-sent messages", grown >> 20);
-    drop(calls);
+    let mut refused = vec![];
+    wait_until("each is refused or taken in as far as it goes", Duration::from_secs(20), || {
+        let grown = serve.resident().unwrap().saturating_sub(before);
+        assert!(grown < 128 << 20, "{} MiB for 24 half-sent messages", grown >> 20);
+        refused.extend(std::iter::from_fn(|| unanswered.try_join_next()).map(Result::unwrap));
+        gauge(&socket, "dispatcher_inflight_bytes") == (unanswered.len() * half.len()) as u64
+    });
+    assert!(unanswered.len() * half.len() <= 32 << 20, "{} are let in", unanswered.len());
+    for (response, _) in &refused {
+        assert_eq!(response.headers()["dispatcher-reason"], "inflight_bytes");
+    }
+    drop((unanswered, refused));
     wait_until("served again", Duration::from_secs(10), || {
         dispatcher
             .try_call(Call::new("jail", "act"))
@@ -441,11 +460,7 @@ fn an_answer_counts_until_it_is_taken() {
     let dispatcher = Settings::new([("jail", plain(""))])
         .server(&format!("health_listen = \"unix:{}\"\n", socket.display()))
         .start();
-    let held = || {
-        let page = http_get(&socket, "/metrics");
-        let line = page.lines().find_map(|line| line.strip_prefix("dispatcher_inflight_bytes "));
-        line.unwrap().parse::<u64>().unwrap()
-    };
+    let held = || gauge(&socket, "dispatcher_inflight_bytes");
     let call = Call::new("jail", "hog").args(&["stdout", "1m"]).request;
     let message = framed(0, call.encoded_len() as u32, &call.encode_to_vec());
     let (call, response) = client::runtime().block_on(async {
@@ -461,15 +476,6 @@ fn an_answer_counts_until_it_is_taken() {
     drop((call, response));
     wait_until("it is given back", patience(Duration::from_secs(5)), || held() == 0);
     dispatcher.stop();
-}
-
-/// Asks for a path by HTTP/1.1, as Prometheus does.
-fn http_get(socket: &std::path::Path, path: &str) -> String {
-    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: metrics\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
 }
 
 #[test]

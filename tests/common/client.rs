@@ -2,6 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::Path,
     sync::OnceLock,
     time::{Duration, Instant},
 };
@@ -33,6 +36,23 @@ pub fn connect(address: &str) -> Channel {
     let uri =
         if address.starts_with("unix:") { address.into() } else { format!("http://{address}") };
     Endpoint::from_shared(uri).unwrap().connect_lazy()
+}
+
+/// Asks a Unix socket for a path by HTTP/1.1, as Prometheus does.
+pub fn http_get(socket: &Path, path: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: metrics\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// What a gauge stands at, by the metrics of a `health_listen`.
+#[track_caller]
+pub fn gauge(socket: &Path, name: &str) -> u64 {
+    let page = http_get(socket, "/metrics");
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("{name} in {page}")).parse().unwrap()
 }
 
 /// A protobuf duration.
