@@ -2,6 +2,8 @@
 //!
 //! Thin: errors are `io::Error` with the kernel's errno.
 
+mod mapping;
+
 use std::{
     ffi::CStr,
     io::{self, IoSlice, IoSliceMut},
@@ -18,6 +20,8 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+
+pub use mapping::Mapping;
 
 /// Most descriptors one packet can carry here.
 pub const FDS_MAX: usize = 32;
@@ -394,16 +398,33 @@ pub enum Ended {
     Signalled(i32),
 }
 
-/// waitid(2) for any child: its pid and end.
-pub fn wait_any(options: rustix::process::WaitIdOptions) -> Option<(i32, Ended)> {
+/// What waitid(2) says of our children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// This one ended, and was reaped.
+    Child(i32, Ended),
+    /// None that has ended.
+    Nobody,
+    /// There are none at all, alive or dead.
+    Childless,
+}
+
+/// waitid(2) for any child that has ended; doesn't block.
+#[must_use]
+pub fn wait_any() -> Waited {
     // SAFETY: all-zero is a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: info outlives the call.
-    let result = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options.bits() as i32) };
+    let result =
+        unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+    // With WNOHANG it can fail in no other way than ECHILD.
+    if result != 0 {
+        return Waited::Childless;
+    }
     // SAFETY: waitid filled in the fields of a child's end, or left them zero.
     let pid = unsafe { info.si_pid() };
-    if result != 0 || pid == 0 {
-        return None;
+    if pid == 0 {
+        return Waited::Nobody;
     }
     // SAFETY: as above.
     let status = unsafe { info.si_status() };
@@ -412,7 +433,7 @@ pub fn wait_any(options: rustix::process::WaitIdOptions) -> Option<(i32, Ended)>
     } else {
         Ended::Signalled(status)
     };
-    Some((pid, ended))
+    Waited::Child(pid, ended)
 }
 
 /// Receives one packet and at most `fds.len()` descriptors (close-on-exec),
@@ -491,68 +512,6 @@ pub unsafe fn execveat(
         libc::syscall(libc::SYS_execveat, fd, c"".as_ptr(), argv, envp, libc::AT_EMPTY_PATH);
     }
     io::Error::last_os_error()
-}
-
-/// A private mapping, unmapped by nobody: its process execs or exits.
-#[derive(Debug)]
-pub struct Mapping {
-    start: *mut u8,
-    length: usize,
-}
-
-impl Mapping {
-    /// Maps the first `length` bytes of a sealed file for reading.
-    ///
-    /// # Errors
-    /// Those of mmap(2).
-    pub fn read_only(fd: RawFd, length: usize) -> io::Result<Self> {
-        Self::new(length, libc::PROT_READ, libc::MAP_PRIVATE, fd)
-    }
-
-    /// Maps zeroed memory.
-    ///
-    /// # Errors
-    /// Those of mmap(2).
-    pub fn anonymous(length: usize) -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        Self::new(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
-    }
-
-    fn new(length: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<Self> {
-        // An empty mapping is an error to mmap, but not to us.
-        let mapped = length.max(1);
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(ptr::null_mut(), mapped, protection, flags, fd, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { start: start.cast(), length })
-    }
-
-    /// Its bytes. The file must be at least as long as was said, and sealed:
-    /// reading beyond its end is SIGBUS.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped for reading, never unmapped, and nobody changes a sealed file.
-        unsafe { std::slice::from_raw_parts(self.start, self.length) }
-    }
-
-    /// Its address.
-    #[must_use]
-    pub fn as_ptr(&self) -> *const u8 {
-        self.start
-    }
-
-    /// Stores an address in slot `index` of an anonymous mapping.
-    ///
-    /// # Panics
-    /// Outside the mapping.
-    pub fn set_address(&self, index: usize, address: usize) {
-        assert!((index + 1) * size_of::<usize>() <= self.length);
-        let slot = self.start.cast::<usize>().wrapping_add(index);
-        // SAFETY: inside the mapping, aligned as mappings are, and ours alone.
-        unsafe { slot.write(address) }
-    }
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {

@@ -1,7 +1,6 @@
-//! One run, decided: everything init needs, made before the clone.
+//! One jail, decided: everything init needs, made before the clone.
 //!
-//! A [`Blueprint`] is what `plan::Template` and `message::Launch` come to on
-//! this host. `decide` makes it; `init` only carries it out, so nothing here
+//! A [`Blueprint`] is what `plan::Template` comes to on this host. `decide` makes it; `init` only carries it out, so nothing here
 //! may need allocation, lookup or judgement later.
 
 use std::ffi::CString;
@@ -26,6 +25,8 @@ pub struct Blueprint {
     pub mode: Mode,
     /// Namespaces made by clone3; in a jail made by root, all but the user namespace.
     pub outer_namespaces: u64,
+    /// An empty network namespace to enter, where it isn't one of these.
+    pub network: Option<i32>,
     /// Namespaces entered after the root is built, while it still takes privilege.
     pub inner_namespaces: UnshareFlags,
     /// Whether init asks for its maps right after the clone (an unprivileged
@@ -80,10 +81,9 @@ pub struct Filter {
 /// How the executable is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exec {
-    /// execveat(2) of the sealed memfd itself.
+    /// The sealed memfd itself: by execveat(2), or where `Start` says so by
+    /// memfd-exec, which makes a memfd of its own.
     Memfd,
-    /// Direct mode: by memfd-exec, which makes a memfd of its own from this many bytes.
-    Copy(u64),
     /// The interpreter at this path, inside the root; argv names the script.
     Interpreter(CString),
 }

@@ -1,8 +1,8 @@
-//! From a checked launch to a [`Blueprint`]: everything decided, nothing done.
+//! From a template to the [`Blueprint`] of one jail: everything decided, nothing done.
 
 use std::{
     ffi::CString,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
     rc::Rc,
 };
 
@@ -11,10 +11,10 @@ use super::{
     facts::Facts,
     identity::{self, HostIds, IdMap},
     landlock, limits,
-    message::{Launch, LaunchFds, Refusal},
+    message::{Launch, Refusal},
     namespaces::{self, Namespaces},
     plan::{Control, Mode, Network, Template},
-    root::{self, DecidedRoot, Ownership, Script},
+    root::{self, DecidedRoot, Ownership},
     seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
 };
@@ -29,7 +29,35 @@ pub struct Prepared {
     filter_options: FilterOptions,
 }
 
-/// A decided run.
+/// What a jail is built for, beyond its template.
+#[derive(Debug)]
+pub struct Purpose<'a> {
+    /// Direct or jail.
+    pub mode: Mode,
+    /// Its name: of its cgroups, and its host name.
+    pub name: &'a str,
+    /// The call's `#!` executable, which is part of the root.
+    pub script: Option<Script<'a>>,
+}
+
+/// A `#!` executable.
+#[derive(Debug)]
+pub struct Script<'a> {
+    /// The interpreter's path inside.
+    pub interpreter: &'a str,
+    /// Its sealed memfd.
+    pub executable: BorrowedFd<'a>,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+impl Script<'_> {
+    fn exec(&self) -> Exec {
+        Exec::Interpreter(CString::new(self.interpreter).unwrap_or_default())
+    }
+}
+
+/// A decided jail.
 #[derive(Debug)]
 pub struct Decided {
     /// For init.
@@ -65,21 +93,33 @@ impl Prepared {
         &self.filter_options
     }
 
-    /// Decides one run: what is lacking for it, what it is made of, which
-    /// controls that comes to, and what init is told.
+    /// Whether its runs in this mode are in an empty network namespace that belongs
+    /// to the launcher's user namespace, which can be any such ([`super::network`]).
+    #[must_use]
+    pub fn takes_empty_network(&self, mode: Mode, facts: &Facts) -> bool {
+        let none = mode == Mode::Jail && self.template.network == Network::None;
+        none && facts.root && self.template.keep_capabilities.is_empty()
+    }
+
+    /// Decides one jail: what is lacking for it, what it is made of, which
+    /// controls that comes to, and what init is told. `network` is there where
+    /// [`Self::takes_empty_network`].
     ///
     /// # Errors
     /// [`Refusal::ControlUnavailable`] for what this host can't give.
     pub fn decide(
         &self,
-        launch: &Launch,
-        fds: &LaunchFds,
+        purpose: &Purpose<'_>,
         ids: Option<HostIds>,
+        network: Option<BorrowedFd<'_>>,
         facts: &Facts,
         fault: Fault,
     ) -> Result<Decided, Refusal> {
-        let open_files = self.check_host(launch.mode, facts)?;
-        let makings = self.makings(launch, fds, ids, facts)?;
+        let open_files = self.check_host(purpose.mode, facts)?;
+        let mut makings = self.makings(purpose, ids, facts)?;
+        if network.is_some() {
+            makings.namespaces.outer &= !(libc::CLONE_NEWNET as u64);
+        }
         let enforced = makings.controls(ids);
         let Makings { jail, namespaces, identities, root, .. } = makings;
         let (root, bind_namespaces) = match root {
@@ -90,10 +130,13 @@ impl Prepared {
         let memfd_noexec = facts.memfd_noexec.as_ref().filter(|_| makings.memfd_noexec);
         let memfd_noexec = memfd_noexec.map(AsRawFd::as_raw_fd);
         keep.extend(memfd_noexec);
-        keep.extend(launch.interpreter.as_ref().map(|_| fds.executable.as_raw_fd()));
+        keep.extend(purpose.script.as_ref().map(|script| script.executable.as_raw_fd()));
+        let network = network.map(|network| network.as_raw_fd());
+        keep.extend(network);
         let filter = Filter { instructions: Rc::clone(&self.filter), notify: facts.notify };
         let blueprint = Blueprint {
-            mode: launch.mode,
+            mode: purpose.mode,
+            network,
             outer_namespaces: namespaces.outer,
             inner_namespaces: namespaces.inner,
             maps_first: !facts.root,
@@ -101,7 +144,7 @@ impl Prepared {
             program_id: identities.program,
             init_id: identities.init,
             root,
-            host_name: jail.then(|| host_name(launch)),
+            host_name: jail.then(|| CString::new(purpose.name).unwrap_or_default()),
             loopback: jail && makings.network == Network::Loopback,
             memfd_noexec,
             landlock: makings.landlock,
@@ -111,7 +154,7 @@ impl Prepared {
             filter: jail.then_some(filter),
             exec_fd: self.filter_options.exec_fd,
             control_fd: self.filter_options.control_fd,
-            exec: self.exec(launch),
+            exec: purpose.script.as_ref().map_or(Exec::Memfd, Script::exec),
             fault,
         };
         Ok(Decided { blueprint, namespaces: bind_namespaces, keep, map: identities.map, enforced })
@@ -147,20 +190,19 @@ impl Prepared {
 
     fn makings(
         &self,
-        launch: &Launch,
-        fds: &LaunchFds,
+        purpose: &Purpose<'_>,
         ids: Option<HostIds>,
         facts: &Facts,
     ) -> Result<Makings, Refusal> {
         let template = &self.template;
-        let jail = launch.mode == Mode::Jail;
+        let jail = purpose.mode == Mode::Jail;
         let network = if jail { template.network } else { Network::Host };
         let keep_capabilities = if jail { capability_bits(&template.keep_capabilities) } else { 0 };
         let keeps = keep_capabilities != 0;
-        let namespaces = namespaces::decide(launch.mode, network, facts.root, keeps);
-        let identities = self.identities(launch.mode, ids, facts)?;
+        let namespaces = namespaces::decide(purpose.mode, network, facts.root, keeps);
+        let identities = self.identities(purpose.mode, ids, facts)?;
         let root = match jail {
-            true => Some(self.root(launch, fds, ids, facts)?),
+            true => Some(self.root(purpose.script.as_ref(), ids, facts)?),
             false => None,
         };
         let landlock = root
@@ -180,8 +222,7 @@ impl Prepared {
 
     fn root(
         &self,
-        launch: &Launch,
-        fds: &LaunchFds,
+        script: Option<&Script<'_>>,
         ids: Option<HostIds>,
         facts: &Facts,
     ) -> Result<DecidedRoot, Refusal> {
@@ -189,10 +230,8 @@ impl Prepared {
             Some(ids) => Ownership::Idmap { program: ids.program },
             None => Ownership::Plain { uid: facts.own_ids.0 },
         };
-        let script = launch
-            .interpreter
-            .as_ref()
-            .map(|_| Script { fd: fds.executable.as_raw_fd(), size: launch.executable_size });
+        let script = script
+            .map(|script| root::Script { fd: script.executable.as_raw_fd(), size: script.size });
         root::decide(&self.template.filesystem, script, ownership)
             .map_err(|error| lacks(Control::RootReadonly, error.to_string()))
     }
@@ -240,18 +279,14 @@ impl Prepared {
         }
     }
 
-    fn exec(&self, launch: &Launch) -> Exec {
-        match (&launch.interpreter, launch.mode) {
-            (Some(path), _) => Exec::Interpreter(CString::new(path.as_str()).unwrap_or_default()),
-            // memfd-exec writes its copy after RLIMIT_FSIZE is set, in one write(2).
-            (None, Mode::Direct)
-                if self.template.limits.file_size.allows(launch.executable_size)
-                    && launch.executable_size < 1 << 30 =>
-            {
-                Exec::Copy(launch.executable_size)
-            }
-            (None, _) => Exec::Memfd,
-        }
+    /// How many bytes of the executable memfd-exec copies; 0: it is executed as it is.
+    #[must_use]
+    pub fn copy_len(&self, launch: &Launch) -> u32 {
+        // memfd-exec writes its copy after RLIMIT_FSIZE is set, in one write(2).
+        let copies = launch.mode == Mode::Direct
+            && self.template.limits.file_size.allows(launch.executable_size)
+            && launch.executable_size < 1 << 30;
+        if copies { launch.executable_size as u32 } else { 0 }
     }
 }
 
@@ -335,12 +370,6 @@ fn filter_options(
 
 fn capability_bits(numbers: &[u8]) -> u64 {
     numbers.iter().filter(|number| **number < 64).fold(0, |bits, number| bits | 1 << number)
-}
-
-/// Not the host's, and the same for nobody: `run-` and the id's first digits.
-fn host_name(launch: &Launch) -> CString {
-    let id = launch.run.to_string();
-    CString::new(format!("run-{}", &id[..8])).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ pub struct HostIds {
 #[derive(Debug)]
 pub struct IdPool {
     first: u32,
+    size: usize,
     free: Vec<u32>,
 }
 
@@ -40,7 +41,13 @@ impl IdPool {
     pub fn new((first, last): (u32, u32)) -> Self {
         let slots = last.saturating_sub(first) / 2;
         // Popped from the end: the lowest first.
-        Self { first, free: (0..slots).rev().collect() }
+        Self { first, size: slots as usize, free: (0..slots).rev().collect() }
+    }
+
+    /// How many pairs there are, in use or not.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     /// A pair, or `None` when all are in use.

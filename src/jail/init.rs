@@ -16,12 +16,12 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use rustix::{
     event::{PollFd, PollFlags},
-    process::{DumpableBehavior, Resource, Rlimit, Signal, WaitIdOptions},
+    process::{DumpableBehavior, Resource, Rlimit, Signal},
 };
 
 use super::{
@@ -29,7 +29,7 @@ use super::{
     identity, mounts, namespaces, program,
     step::{Report, Step, StepError, word},
 };
-use crate::sys;
+use crate::sys::{self, Waited};
 
 /// Where init keeps the control socket once the run is built.
 const CONTROL: RawFd = 3;
@@ -132,9 +132,23 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     //    from here on is the run's.
     expect(context, word::JOINED)?;
 
-    // 3. Without privilege, the user namespace is already there and unmapped.
+    // 3. The network namespace, where the launcher chose one. The descriptor goes
+    //    at once: nothing that comes of us may have a way back into it.
+    if let Some(network) = blueprint.network {
+        // SAFETY: it is one of `keep`; nothing else here has or closes this number.
+        let network = unsafe { OwnedFd::from_raw_fd(network) };
+        context.at(
+            Step::EnterNetwork,
+            rustix::thread::move_into_link_name_space(
+                network.as_fd(),
+                Some(rustix::thread::LinkNameSpaceType::Network),
+            ),
+        )?;
+    }
+
+    // 4. Without privilege, the user namespace is already there and unmapped.
     //    An undumpable process's /proc files are root's: the launcher, which is
-    //    no more than our user, could not write the maps (again undumpable in 12).
+    //    no more than our user, could not write the maps (again undumpable in 13).
     if blueprint.maps_first {
         context.at(
             Step::Attributes,
@@ -143,37 +157,37 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         ask_for_maps(context)?;
     }
 
-    // 4. The cgroup namespace takes the cgroup we are in for its root: after 2.
+    // 5. The cgroup namespace takes the cgroup we are in for its root: after 2.
     if blueprint.root.is_some() {
         context.at(Step::CgroupNamespace, sys::unshare(rustix::thread::UnshareFlags::NEWCGROUP))?;
     }
 
-    // 5. No executable memfd in this pid namespace, sysctl/vm.rst: writing takes
-    //    CAP_SYS_ADMIN over the namespace, so before 9.
+    // 6. No executable memfd in this pid namespace, sysctl/vm.rst: writing takes
+    //    CAP_SYS_ADMIN over the namespace, so before 10.
     if let Some(sysctl) = blueprint.memfd_noexec {
         // SAFETY: the launcher keeps this descriptor open; it is only borrowed.
         let sysctl = unsafe { BorrowedFd::borrow_raw(sysctl) };
         context.at(Step::MemfdNoexec, rustix::io::write(sysctl, b"2"))?;
     }
 
-    // 6. The host's /proc, for the one thing the program will do through it;
+    // 7. The host's /proc, for the one thing the program will do through it;
     //    the jail's own will be read-only.
     let host_proc = context.at(Step::Attributes, open_host_proc())?;
 
-    // 7. The root. From here on the host's files are out of reach.
+    // 8. The root. From here on the host's files are out of reach.
     if let Some(root) = &blueprint.root {
         mounts::enter_new_root(root, blueprint.fault)?;
     }
 
-    // 8. Host name and loopback take capabilities over the namespaces they are
-    //    in: before 9 where those belong to the launcher's user namespace,
+    // 9. Host name and loopback take capabilities over the namespaces they are
+    //    in: before 10 where those belong to the launcher's user namespace,
     //    after it where they are made inside.
     let made_inside = blueprint.inner_namespaces.contains(rustix::thread::UnshareFlags::NEWUTS);
     if !made_inside {
         name_and_connect(context)?;
     }
 
-    // 9. The user namespace, and what must belong to it.
+    // 10. The user namespace, and what must belong to it.
     if !blueprint.inner_namespaces.is_empty() {
         context.at(Step::UserNamespace, sys::unshare(blueprint.inner_namespaces))?;
         ask_for_maps(context)?;
@@ -182,7 +196,7 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         name_and_connect(context)?;
     }
 
-    // 10. The Landlock ruleset, while its paths can be opened by anybody.
+    // 11. The Landlock ruleset, while its paths can be opened by anybody.
     let landlock = match &blueprint.landlock {
         Some(rules) => match rules.create() {
             Ok(ruleset) => Some(context.at(Step::LandlockRules, io::Result::Ok(ruleset))?),
@@ -194,13 +208,13 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         None => None,
     };
 
-    // 11. The program's process: it still has what it takes to become another user.
+    // 12. The program's process: it still has what it takes to become another user.
     let pid = context.at(Step::Fork, sys::fork())?;
     if pid == 0 {
         program::main(context, landlock, host_proc.as_fd());
     }
 
-    // 12. Init's own descent. Dumpable last: every change of credentials sets
+    // 13. Init's own descent. Dumpable last: every change of credentials sets
     //     it anew, and a dumpable init could be opened through /proc/1/mem.
     let (uid, gid) = blueprint.init_id;
     context.at(Step::Capabilities, identity::limit_capabilities(blueprint.last_capability, 0))?;
@@ -252,14 +266,15 @@ fn expect(context: Context<'_>, expected: u8) -> Result<(), StepError> {
     }
 }
 
-fn open_host_proc() -> io::Result<std::os::fd::OwnedFd> {
+fn open_host_proc() -> io::Result<OwnedFd> {
     use rustix::fs::{CWD, Mode, OFlags};
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(CWD, c"/proc", flags, Mode::empty())?)
 }
 
 /// Reaps until the program ends, says how it ended, and exits: the kernel then
-/// kills what is left in the pid namespace, pid_namespaces(7).
+/// kills what is left in the pid namespace, pid_namespaces(7). Where nothing is left
+/// it waits until it is dismissed.
 fn supervise(context: Context<'_>, program: i32) -> ! {
     let signals = match context.at(Step::CloseFds, keep_only_control(context)) {
         Ok(signals) => signals,
@@ -271,29 +286,39 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
     loop {
         let mut program_ended = None;
         let mut left_behind = 0;
-        while let Some((pid, ended)) = sys::wait_any(WaitIdOptions::EXITED | WaitIdOptions::NOHANG)
-        {
-            if watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
-                watch_for_kills = false;
-                // If this, or what follows, can't be delivered the launcher is gone.
-                drop(context.report(Report::Denied));
+        let alone = loop {
+            match sys::wait_any() {
+                Waited::Child(pid, ended) => {
+                    if watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
+                        watch_for_kills = false;
+                        // If this, or what follows, can't be delivered the launcher is gone.
+                        drop(context.report(Report::Denied));
+                    }
+                    // What the program left dead and unreaped became ours with its end.
+                    if pid == program {
+                        program_ended = Some(ended);
+                    } else if program_ended.is_some() {
+                        left_behind += 1;
+                    }
+                    if left_behind == LEFT_BEHIND_MAX {
+                        break false;
+                    }
+                }
+                Waited::Nobody => break false,
+                // All of the pid namespace descends from us: nobody is left in it.
+                Waited::Childless => break true,
             }
-            if pid == program {
-                program_ended = Some(ended);
-            } else if program_ended.is_some() {
-                left_behind += 1;
-            }
-            // What the program left dead and unreaped became ours with its end.
-            if program_ended.is_some() && (!watch_for_kills || left_behind == LEFT_BEHIND_MAX) {
-                break;
-            }
-        }
+        };
         if let Some(ended) = program_ended {
             drop(context.report(match ended {
-                sys::Ended::Exited(code) => Report::Exited(code),
-                sys::Ended::Signalled(signal) => Report::Signalled(signal),
+                sys::Ended::Exited(code) => Report::Exited { code, alone },
+                sys::Ended::Signalled(signal) => Report::Signalled { signal, alone },
             }));
-            sys::exit_now(0);
+            if !alone {
+                sys::exit_now(0);
+            }
+            // Nobody waits for our end, which is work for the kernel: the launcher
+            // says when, by closing the socket.
         }
         let mut fds = [
             PollFd::from_borrowed_fd(context.control, PollFlags::empty()),
@@ -312,7 +337,7 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
 }
 
 /// What init needs from here on: the control socket and news of its children.
-fn keep_only_control(context: Context<'_>) -> io::Result<std::os::fd::OwnedFd> {
+fn keep_only_control(context: Context<'_>) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
     if context.control.as_raw_fd() != CONTROL {
         sys::dup_to(context.control.as_raw_fd(), CONTROL)?;

@@ -7,10 +7,10 @@
 //! | `plan` | what a policy comes to, as the monitor hands it over |
 //! | `message` | what server and monitor say to the launcher, and its answers |
 //! | `launcher` | the process: one loop over everything |
-//! | `check`, `decide`, `blueprint`, `root`, `limits` | a launch, checked and decided |
+//! | `check`, `decide`, `blueprint`, `root`, `limits` | a launch checked, a jail decided |
 //! | `init`, `mounts`, `program` | what is done, step by step, after the clone |
-//! | `run` | one run under supervision |
-//! | `cgroup`, `identity`, `namespaces`, `landlock`, `seccomp` | the mechanisms |
+//! | `run` | one jail under supervision, from being built to being gone |
+//! | `cgroup`, `identity`, `namespaces`, `network`, `landlock`, `seccomp` | the mechanisms |
 
 pub mod blueprint;
 pub mod cgroup;
@@ -25,6 +25,7 @@ pub mod limits;
 pub mod message;
 pub mod mounts;
 pub mod namespaces;
+pub mod network;
 pub mod plan;
 pub mod program;
 pub mod root;

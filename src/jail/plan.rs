@@ -166,6 +166,14 @@ pub struct Filesystem {
     pub binds: Vec<Bind>,
 }
 
+impl Filesystem {
+    /// Whether a root has anything of the host's in it.
+    #[must_use]
+    pub fn shows_host(&self) -> bool {
+        self.root != Root::Empty || !self.binds.is_empty()
+    }
+}
+
 /// What a jail's root is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Root {

@@ -87,8 +87,8 @@ fn become_program(
             .at(Step::Rlimits, limit(*resource, *value))
             .map_err(|error| StepError { index: index as u16, ..error })?;
     }
-    if let Exec::Copy(size) = blueprint.exec {
-        return direct(*context, size, &vectors);
+    if start.copy_len > 0 {
+        return direct(*context, start.copy_len, &vectors);
     }
 
     // 8. Landlock, then the filter: the filter would not let Landlock in.
@@ -143,7 +143,7 @@ fn place_descriptors(
     let [executable, stdin, stdout, stderr, _call] = *fds;
     let executable = match &blueprint.exec {
         Exec::Interpreter(path) => open_interpreter(path)?,
-        Exec::Memfd | Exec::Copy(_) => executable,
+        Exec::Memfd => executable,
     };
     sys::dup_to(executable, blueprint.exec_fd)?;
     sys::dup_to(std::os::fd::AsRawFd::as_raw_fd(&context.control), blueprint.control_fd)?;
@@ -173,10 +173,10 @@ fn send_listener(context: Context<'_>, listener: Option<RawFd>) -> io::Result<()
 /// Direct mode: memfd-exec copies the executable into a memfd of its own.
 fn direct(
     context: Context<'_>,
-    size: u64,
+    copy_len: u32,
     vectors: &Vectors,
 ) -> Result<std::convert::Infallible, StepError> {
-    let length = usize::try_from(size).unwrap_or(usize::MAX);
+    let length = copy_len as usize;
     let code = context.at(Step::Exec, Mapping::read_only(context.blueprint.exec_fd, length))?;
     context.at(Step::Listener, send_listener(context, None))?;
     let strings = |list: *const *const libc::c_char| {

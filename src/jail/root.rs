@@ -147,6 +147,43 @@ pub fn decide(
     Ok(DecidedRoot { plan, namespaces })
 }
 
+/// A host path as it was when a root was decided by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    path: PathBuf,
+    /// Device, inode, mode, owner and group; `None` where there was nothing.
+    as_it_was: Option<(u64, u64, u32, u32, u32)>,
+}
+
+/// Every host path that [`decide`] goes by: as long as this stays the same, so does
+/// what it decides.
+#[must_use]
+pub fn seen(filesystem: &Filesystem) -> Vec<Seen> {
+    let root = Path::new("/");
+    let mut paths: Vec<PathBuf> = match &filesystem.root {
+        Root::Empty => Vec::new(),
+        Root::Host => {
+            let etc = HOST_ETC.iter().map(|name| root.join("etc").join(name));
+            HOST_DIRECTORIES.iter().map(|name| root.join(name)).chain(etc).collect()
+        }
+        Root::Directory(directory) => {
+            let entries = fs::read_dir(directory).into_iter().flatten().take(PIECES_MAX + 1);
+            let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            paths.sort();
+            paths.push(directory.clone());
+            paths
+        }
+    };
+    paths.extend(filesystem.binds.iter().map(|bind| bind.source.clone()));
+    let look = |path: PathBuf| {
+        let found = fs::symlink_metadata(&path).ok();
+        let as_it_was =
+            found.map(|it| (it.dev(), it.ino(), it.permissions().mode(), it.uid(), it.gid()));
+        Seen { path, as_it_was }
+    };
+    paths.into_iter().map(look).collect()
+}
+
 fn tmp_plan(size: Limit<u64>, exec: bool) -> TmpPlan {
     // tmpfs takes 0 for "no limit"; the run's memory limit holds all the same.
     let bytes = size.finite().map_or(0, |bytes| bytes.max(4096));

@@ -1,16 +1,17 @@
-//! One run under supervision: from the clone to the last of it gone.
+//! One jail under supervision: from the clone to the last of it gone.
 //!
 //! ```text
-//!              Ready/Start          ended, stopped or failed
-//!   Building ─────────────► Running ─────────────────────► Ending ──► (finished)
-//!      └───────────────────────────────────────────────────► │ teardown hung
-//!                                                            ▼
-//!                                                       Quarantined
+//!              Ready      a call: Start           ended, stopped or failed
+//!   Building ───────► Waiting ─────────► Running ─────────────────────────► Ending ──► (finished)
+//!      │                 └──────────────────────────────────────────────────► │ teardown hung
+//!      └────────────────────────────────────────────────────────────────────► ▼
+//!                                                                        Quarantined
 //! ```
 //!
-//! The run itself does no I/O towards the server: it changes state and says
-//! what happened; `launcher` sends it. `notices` answers forbidden system calls,
-//! `end` puts how it went into the words of the protocol.
+//! It gets its call ([`Run::assign`]) while it is built, or waits for one: how it is
+//! built doesn't depend on that. The run itself does no I/O towards the server: it
+//! changes state and says what happened; `launcher` sends it. `notices` answers
+//! forbidden system calls, `end` puts how it went into the words of the protocol.
 
 mod end;
 mod notices;
@@ -27,6 +28,7 @@ use super::{
     decide::Prepared,
     identity::{self, HostIds, IdMap},
     message::{Launch, LaunchFds, StopCause, WaitStatus},
+    network::EmptyNetwork,
     plan::{Control, Template},
     seccomp::notify::Listener,
     step::{REPORT_LEN, Report, Start, Step, StepError, word},
@@ -44,9 +46,9 @@ const CPU_STEP_MIN: Duration = Duration::from_millis(10);
 /// Most time between two: a clock that stood still must not hide it.
 const CPU_STEP_MAX: Duration = Duration::from_secs(60);
 /// What the launcher has open for a run at most: init's pidfd, the control socket,
-/// the listener, the cgroup's directory and its memory peak; and, until the
-/// program is started, what the launch brought.
-const OPEN: usize = 5;
+/// the listener, the cgroup's directory and its memory peak, its network; and,
+/// until the program is started, what the launch brought.
+const OPEN: usize = 5 + EmptyNetwork::DESCRIPTORS;
 const BROUGHT: usize = 5;
 
 /// Where a run stands.
@@ -54,27 +56,27 @@ const BROUGHT: usize = 5;
 pub enum Phase {
     /// Init builds; the program has not been started.
     Building,
+    /// All is built; there is no call for it yet.
+    Waiting,
     /// The program was started.
     Running,
     /// It ended, was stopped or failed; what is left is going.
     Ending,
-    /// It was answered for, but something of it is still there.
+    /// Something of it would not go in time.
     Quarantined,
 }
 
 /// One run.
 #[derive(Debug)]
 pub struct Run {
-    /// Its id.
-    pub id: RunId,
     /// Where it stands.
     pub phase: Phase,
     /// Its host ids; given back when it is gone.
     pub ids: Option<HostIds>,
     /// Its cgroup.
     pub cgroup: Option<Cgroup>,
-    /// Init.
-    pub pid: i32,
+    /// The network namespace that it has for its time.
+    pub network: Option<EmptyNetwork>,
     /// Init; readable when it is dead, and with it all of the pid namespace.
     pub pidfd: OwnedFd,
     /// To init and, until exec, the program.
@@ -82,18 +84,20 @@ pub struct Run {
     /// The seccomp listener. Held until the run is empty: were it closed, a
     /// pending call would be answered ENOSYS and the program would go on.
     pub listener: Option<Listener>,
+    /// The server has been told how it went.
+    pub answered: bool,
     /// Whether all is in place but exec itself.
     filtered: bool,
+    /// The program ended by itself and init is the last of the pid namespace.
+    alone: bool,
+    name: String,
+    pid: i32,
     prepared: Rc<Prepared>,
-    launch: Launch,
-    call_len: u32,
-    fds: Option<LaunchFds>,
     namespaces: Vec<OwnedFd>,
     map: IdMap,
     enforced: Vec<Control>,
-    cpu_limit: Option<Duration>,
-    cores: f64,
-    received: Instant,
+    call: Option<Call>,
+    fds: Option<LaunchFds>,
     started: Option<Instant>,
     ended: Option<Instant>,
     wall_deadline: Option<Instant>,
@@ -111,11 +115,15 @@ pub struct Run {
 /// What a run is made of, once init has been cloned.
 #[derive(Debug)]
 pub struct Parts {
+    /// Its name in logs, of its cgroups and its host.
+    pub name: String,
     /// See [`Run`].
     pub ids: Option<HostIds>,
     /// See [`Run`].
     pub cgroup: Cgroup,
     /// See [`Run`].
+    pub network: Option<EmptyNetwork>,
+    /// Init.
     pub pid: i32,
     /// See [`Run`].
     pub pidfd: OwnedFd,
@@ -123,20 +131,21 @@ pub struct Parts {
     pub control: OwnedFd,
     /// The template, prepared.
     pub prepared: Rc<Prepared>,
-    /// What was asked.
-    pub launch: Launch,
-    /// From `check`.
-    pub call_len: u32,
-    /// For the program.
-    pub fds: LaunchFds,
     /// For idmapped binds.
     pub namespaces: Vec<OwnedFd>,
     /// How ids map.
     pub map: IdMap,
-    /// Controls that will be in force.
+    /// Controls that will be in force, but for the cgroup's and the clocks'.
     pub enforced: Vec<Control>,
-    /// Limit of CPU time.
-    pub cpu_limit: Option<Duration>,
+}
+
+/// What a run is for.
+#[derive(Debug)]
+pub struct Call {
+    /// What was asked.
+    pub launch: Launch,
+    /// From `check`.
+    pub call_len: u32,
     /// How many processors' worth of time the run can use at most per second.
     pub cores: f64,
     /// When the launch was received.
@@ -171,32 +180,31 @@ pub enum Change {
 impl Run {
     /// A run whose init has just been cloned and waits.
     #[must_use]
-    pub fn new(parts: Parts) -> Self {
+    pub fn new(parts: Parts, now: Instant) -> Self {
         Self {
-            id: parts.launch.run,
             phase: Phase::Building,
             ids: parts.ids,
             cgroup: Some(parts.cgroup),
-            pid: parts.pid,
+            network: parts.network,
             pidfd: parts.pidfd,
             control: parts.control,
             listener: None,
+            answered: false,
             filtered: false,
+            alone: false,
+            name: parts.name,
+            pid: parts.pid,
             prepared: parts.prepared,
-            launch: parts.launch,
-            call_len: parts.call_len,
-            fds: Some(parts.fds),
             namespaces: parts.namespaces,
             map: parts.map,
             enforced: parts.enforced,
-            cpu_limit: parts.cpu_limit,
-            cores: parts.cores,
-            received: parts.received,
+            call: None,
+            fds: None,
             started: None,
             ended: None,
             wall_deadline: None,
             cpu_check: None,
-            grace_deadline: Some(parts.received + BUILD_GRACE),
+            grace_deadline: Some(now + BUILD_GRACE),
             notices_resume: None,
             notices: 0,
             stopped: None,
@@ -206,6 +214,33 @@ impl Run {
             refused: Vec::new(),
         }
     }
+
+    /// Its call's id; `None` before it has one.
+    #[must_use]
+    pub fn id(&self) -> Option<RunId> {
+        self.call.as_ref().map(|call| call.launch.run)
+    }
+
+    /// What was asked of it.
+    #[must_use]
+    pub fn launch(&self) -> Option<&Launch> {
+        self.call.as_ref().map(|call| &call.launch)
+    }
+
+    /// Its name in the log.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The template that it was built by.
+    #[must_use]
+    pub fn prepared(&self) -> &Rc<Prepared> {
+        &self.prepared
+    }
+
+    /// How many descriptors a jail without binds has while it waits.
+    pub const DESCRIPTORS_WAITING: usize = OPEN + BROUGHT;
 
     /// How many descriptors the launcher must have for a run of this template,
     /// while it is built.
@@ -217,7 +252,39 @@ impl Run {
     /// How many descriptors this one takes, or comes to take.
     #[must_use]
     pub fn descriptors(&self) -> usize {
-        OPEN + self.fds.as_ref().map_or(0, |_| BROUGHT) + self.namespaces.len()
+        // A call may still come, with what it brings.
+        let brought = if self.started.is_none() { BROUGHT } else { 0 };
+        OPEN + brought + self.namespaces.len()
+    }
+
+    /// Gives it its call; `enforced` is the cgroup's and the clocks' share of the
+    /// controls. It starts now, or as soon as it is built.
+    ///
+    /// # Errors
+    /// What was given, where the jail died while it waited.
+    pub fn assign(
+        &mut self,
+        call: Call,
+        fds: LaunchFds,
+        enforced: &[Control],
+        now: Instant,
+    ) -> Result<Change, Box<(Call, LaunchFds)>> {
+        let change = match self.phase {
+            Phase::Running | Phase::Ending | Phase::Quarantined => {
+                return Err(Box::new((call, fds)));
+            }
+            Phase::Waiting => match self.start(&call, &fds, now) {
+                Ok(change) => change,
+                Err(_) => return Err(Box::new((call, fds))),
+            },
+            Phase::Building => {
+                self.fds = Some(fds);
+                Change::None
+            }
+        };
+        self.call = Some(call);
+        self.enforced.extend_from_slice(enforced);
+        Ok(change)
     }
 
     /// Tells init that it is in its cgroups.
@@ -274,17 +341,21 @@ impl Run {
         match report {
             // A run that was stopped meanwhile is not built any further.
             Report::NeedsMaps if self.phase == Phase::Building => self.write_maps(now),
-            Report::Ready if self.phase == Phase::Building => return self.start(now),
+            Report::Ready if self.phase == Phase::Building => return self.built(now),
             Report::NeedsMaps | Report::Ready => {}
             Report::Filtered => return self.filtered(fd, now),
             // Only our own code leaves by exit(2) before its filter is in place:
             // that is no status of the program's, even where the reason was lost.
-            Report::Exited(_) if !self.filtered => {
+            Report::Exited { .. } if !self.filtered => {
                 let error = io::Error::from_raw_os_error(libc::EPROTO);
                 self.fail(step_error(Step::Handshake, &error), now);
             }
-            Report::Exited(code) => self.program_ended(WaitStatus::Exited(code), now),
-            Report::Signalled(signal) => self.program_ended(WaitStatus::Signalled(signal), now),
+            Report::Exited { code, alone } => {
+                self.program_ended(WaitStatus::Exited(code), alone, now);
+            }
+            Report::Signalled { signal, alone } => {
+                self.program_ended(WaitStatus::Signalled(signal), alone, now);
+            }
             Report::Failed(error) => self.fail(error, now),
             Report::Denied => self.deny(String::new(), now),
         }
@@ -313,37 +384,75 @@ impl Run {
         }
     }
 
-    fn start(&mut self, now: Instant) -> Change {
-        let Some(fds) = self.fds.take() else { return Change::None };
+    fn built(&mut self, now: Instant) -> Change {
         self.namespaces.clear();
-        if let Some(cgroup) = &mut self.cgroup
-            && let Err(error) = cgroup.start_measuring()
-        {
-            self.fail(step_error(Step::Start, &error), now);
-            return Change::None;
-        }
-        let start =
-            Start { argc: self.launch.argc, envc: self.launch.envc, call_len: self.call_len };
-        let descriptors =
-            [&fds.executable, &fds.stdin, &fds.stdout, &fds.stderr, &fds.call].map(AsFd::as_fd);
-        if let Err(error) = sys::send_packet(&self.control, &start.encode(), &descriptors) {
-            self.fail(step_error(Step::Start, &error), now);
-            return Change::None;
-        }
-        self.phase = Phase::Running;
-        self.started = Some(now);
         self.grace_deadline = None;
-        self.wall_deadline = self.launch.timeout.and_then(|timeout| now.checked_add(timeout));
-        self.cpu_check = self.cpu_limit.map(|limit| now + self.cpu_step(limit));
-        Change::Started { setup: now - self.received }
+        self.phase = Phase::Waiting;
+        let (Some(call), Some(fds)) = (self.call.take(), self.fds.take()) else {
+            return Change::None;
+        };
+        let started = self.start(&call, &fds, now);
+        self.call = Some(call);
+        started.unwrap_or_else(|error| {
+            self.fail(step_error(Step::Start, &error), now);
+            Change::None
+        })
     }
 
-    fn program_ended(&mut self, status: WaitStatus, now: Instant) {
+    /// Hands the program what its call brings. Nothing has changed where that fails.
+    fn start(&mut self, call: &Call, fds: &LaunchFds, now: Instant) -> io::Result<Change> {
+        if let Some(cgroup) = &mut self.cgroup {
+            cgroup.start_measuring()?;
+        }
+        let start = Start {
+            argc: call.launch.argc,
+            envc: call.launch.envc,
+            call_len: call.call_len,
+            copy_len: self.prepared.copy_len(&call.launch),
+        };
+        let descriptors =
+            [&fds.executable, &fds.stdin, &fds.stdout, &fds.stderr, &fds.call].map(AsFd::as_fd);
+        sys::send_packet(&self.control, &start.encode(), &descriptors)?;
+        self.wall_deadline = call.launch.timeout.and_then(|timeout| now.checked_add(timeout));
+        self.cpu_check = self.cpu_limit().map(|limit| now + cpu_step(limit, call.cores));
+        self.phase = Phase::Running;
+        self.started = Some(now);
+        Ok(Change::Started { setup: now - call.received })
+    }
+
+    fn cpu_limit(&self) -> Option<Duration> {
+        self.prepared.template.limits.cpu_time.finite()
+    }
+
+    fn program_ended(&mut self, status: WaitStatus, alone: bool, now: Instant) {
         self.status = status;
         // Init exits now, and the kernel kills what is left before it is done.
         if self.is_alive() {
+            self.alone = alone;
             self.end(now);
+            if alone {
+                self.grace_deadline = None; // init waits to be dismissed
+            }
         }
+    }
+
+    /// Lets the init of a run that [`Run::is_over`] go.
+    pub fn dismiss(&mut self, now: Instant) {
+        self.grace_deadline = Some(now + TEARDOWN_GRACE);
+        self.kill_init();
+    }
+
+    /// Whether nothing of the program's is left, though init is not gone yet: it
+    /// ended by itself, and init, who saw it, has nobody left to wait for.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.alone && self.phase == Phase::Ending
+    }
+
+    /// Whether it may still be given a call.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        self.call.is_none() && matches!(self.phase, Phase::Building | Phase::Waiting)
     }
 
     /// What goes wrong once a run was stopped or has ended is no failure of its:
@@ -366,7 +475,7 @@ impl Run {
 
     /// Not stopped, failed or ended yet.
     fn is_alive(&self) -> bool {
-        matches!(self.phase, Phase::Building | Phase::Running)
+        matches!(self.phase, Phase::Building | Phase::Waiting | Phase::Running)
     }
 
     /// Ends the run for this cause, unless it has ended already: a program
@@ -386,6 +495,10 @@ impl Run {
             // False where the kernel has no cgroup.kill: then init alone must do.
             let _by_cgroup = cgroup.kill();
         }
+        self.kill_init();
+    }
+
+    fn kill_init(&self) {
         // ESRCH: it is dead already, which is what we want.
         rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
     }
@@ -432,7 +545,7 @@ impl Run {
     /// Looks at the tree's CPU time and decides when to look next: no earlier
     /// than the limit could be reached, so a few looks are enough.
     fn check_cpu(&mut self, now: Instant) {
-        let Some(limit) = self.cpu_limit else { return };
+        let Some(limit) = self.cpu_limit() else { return };
         let used = match self.cgroup.as_ref().map(Cgroup::cpu_usage) {
             Some(Ok(usage)) => usage.total(),
             // A limit that can't be watched is not in force: end the run.
@@ -441,15 +554,17 @@ impl Run {
         if used >= limit {
             self.stop(StopCause::CpuTime, now);
         } else {
-            self.cpu_check = Some(now + self.cpu_step(limit - used));
+            let cores = self.call.as_ref().map_or(1.0, |call| call.cores);
+            self.cpu_check = Some(now + cpu_step(limit - used, cores));
         }
     }
+}
 
-    fn cpu_step(&self, left: Duration) -> Duration {
-        Duration::try_from_secs_f64(left.as_secs_f64() / self.cores.max(0.001))
-            .unwrap_or(CPU_STEP_MAX)
-            .clamp(CPU_STEP_MIN, CPU_STEP_MAX)
-    }
+/// When a run that uses `cores` processors could have used `left` at the earliest.
+fn cpu_step(left: Duration, cores: f64) -> Duration {
+    Duration::try_from_secs_f64(left.as_secs_f64() / cores.max(0.001))
+        .unwrap_or(CPU_STEP_MAX)
+        .clamp(CPU_STEP_MIN, CPU_STEP_MAX)
 }
 
 fn step_error(step: Step, error: &io::Error) -> StepError {

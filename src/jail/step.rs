@@ -34,6 +34,8 @@ steps! {
     // In the launcher.
     /// Make user namespaces for idmapped binds.
     Idmap = "idmap",
+    /// Make an empty network namespace, or take one whose last run is gone.
+    NetworkNamespace = "network_namespace",
     /// Make the run's cgroups and write their limits.
     Cgroup = "cgroup",
     /// clone3(2) of init with its namespaces.
@@ -51,6 +53,8 @@ steps! {
     Attributes = "attributes",
     /// Wait for the launcher's word.
     Handshake = "handshake",
+    /// Enter the network namespace that the launcher chose.
+    EnterNetwork = "enter_network",
     /// A cgroup namespace rooted at the run's cgroup.
     CgroupNamespace = "cgroup_namespace",
     /// Forbid executable memfds in this pid namespace.
@@ -156,9 +160,19 @@ pub enum Report {
     /// The system call filter is on. With one descriptor: its listener, where it has one.
     Filtered,
     /// The program ended: waitid(2)'s `si_code` was CLD_EXITED, and the code.
-    Exited(i32),
+    Exited {
+        /// The exit code.
+        code: i32,
+        /// Nobody else is left in the pid namespace, not even a zombie.
+        alone: bool,
+    },
     /// The program ended by this signal.
-    Signalled(i32),
+    Signalled {
+        /// Which.
+        signal: i32,
+        /// As above.
+        alone: bool,
+    },
     /// A step failed; the process that sends this exits.
     Failed(StepError),
     /// Where no listener names deadly calls: a process of the run was killed as
@@ -170,15 +184,15 @@ pub enum Report {
 pub const REPORT_LEN: usize = 8;
 
 impl Report {
-    /// kind, step, index, value: fixed layout, no allocation.
+    /// kind, step or flag, index, value: fixed layout, no allocation.
     #[must_use]
     pub fn encode(self) -> [u8; REPORT_LEN] {
         let (kind, step, index, value) = match self {
             Self::NeedsMaps => (1, 0, 0, 0),
             Self::Ready => (2, 0, 0, 0),
             Self::Filtered => (3, 0, 0, 0),
-            Self::Exited(code) => (4, 0, 0, code),
-            Self::Signalled(signal) => (5, 0, 0, signal),
+            Self::Exited { code, alone } => (4, u8::from(alone), 0, code),
+            Self::Signalled { signal, alone } => (5, u8::from(alone), 0, signal),
             Self::Failed(error) => (6, error.step as u8, error.index, error.errno),
             Self::Denied => (7, 0, 0, 0),
         };
@@ -199,8 +213,8 @@ impl Report {
             1 => Self::NeedsMaps,
             2 => Self::Ready,
             3 => Self::Filtered,
-            4 => Self::Exited(value),
-            5 => Self::Signalled(value),
+            4 => Self::Exited { code: value, alone: step == 1 },
+            5 => Self::Signalled { signal: value, alone: step == 1 },
             6 => Self::Failed(StepError {
                 step: *Step::ALL.get(usize::from(step))?,
                 index: u16::from_ne_bytes([i0, i1]),
@@ -229,10 +243,13 @@ pub struct Start {
     pub envc: u32,
     /// Bytes of the call memfd.
     pub call_len: u32,
+    /// Direct mode: bytes of the executable, which memfd-exec copies; 0 where the
+    /// sealed memfd itself is executed.
+    pub copy_len: u32,
 }
 
 /// A [`Start`]'s encoded length in bytes.
-pub const START_LEN: usize = 12;
+pub const START_LEN: usize = 16;
 
 impl Start {
     /// Fixed layout, no allocation.
@@ -242,6 +259,7 @@ impl Start {
         bytes[0..4].copy_from_slice(&self.argc.to_ne_bytes());
         bytes[4..8].copy_from_slice(&self.envc.to_ne_bytes());
         bytes[8..12].copy_from_slice(&self.call_len.to_ne_bytes());
+        bytes[12..16].copy_from_slice(&self.copy_len.to_ne_bytes());
         bytes
     }
 
@@ -250,7 +268,7 @@ impl Start {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
         (bytes.len() == START_LEN).then_some(())?;
-        Some(Self { argc: word(0)?, envc: word(4)?, call_len: word(8)? })
+        Some(Self { argc: word(0)?, envc: word(4)?, call_len: word(8)?, copy_len: word(12)? })
     }
 }
 
@@ -264,8 +282,9 @@ mod tests {
             Report::NeedsMaps,
             Report::Ready,
             Report::Filtered,
-            Report::Exited(255),
-            Report::Signalled(9),
+            Report::Exited { code: 255, alone: true },
+            Report::Exited { code: 0, alone: false },
+            Report::Signalled { signal: 9, alone: true },
             Report::Denied,
         ];
         for &step in Step::ALL {
@@ -281,8 +300,8 @@ mod tests {
 
     #[test]
     fn starts_round_trip() {
-        let start = Start { argc: 4, envc: 7, call_len: 100 };
+        let start = Start { argc: 4, envc: 7, call_len: 100, copy_len: 1 << 30 };
         assert_eq!(Start::decode(&start.encode()), Some(start));
-        assert_eq!(Start::decode(&[0; 11]), None);
+        assert_eq!(Start::decode(&[0; START_LEN - 1]), None);
     }
 }

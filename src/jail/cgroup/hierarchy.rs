@@ -256,12 +256,31 @@ impl Hierarchy {
         best_effort: &[Control],
     ) -> Result<Cgroup, CgroupError> {
         check_name(name)?;
-        let (cgroup, refused) = Cgroup::make(self, name, limits)?;
-        match refused.into_iter().find(|(control, _)| !best_effort.contains(control)) {
-            None => Ok(cgroup),
-            Some((control, reason)) => {
+        let mut cgroup = Cgroup::make(self, name)?;
+        match self.limit(&mut cgroup, limits, best_effort) {
+            Ok(()) => Ok(cgroup),
+            Err(error) => {
                 // Nobody was in it: it goes at once.
                 cgroup.remove().ok();
+                Err(error)
+            }
+        }
+    }
+
+    /// Sets the limits of one that is there already: what was set before is replaced.
+    ///
+    /// # Errors
+    /// [`CgroupError::Lacking`], as for [`Hierarchy::create`].
+    pub fn limit(
+        &self,
+        cgroup: &mut Cgroup,
+        limits: &CgroupLimits,
+        best_effort: &[Control],
+    ) -> Result<(), CgroupError> {
+        let refused = cgroup.set_limits(self, limits);
+        match refused.into_iter().find(|(control, _)| !best_effort.contains(control)) {
+            None => Ok(()),
+            Some((control, reason)) => {
                 Err(CgroupError::Lacking { control, why: reason.why, mend: reason.mend })
             }
         }

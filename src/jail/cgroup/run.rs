@@ -50,12 +50,8 @@ struct Seen {
 }
 
 impl Cgroup {
-    /// Makes the directories and sets the limits; also gives the limits that could not be set.
-    pub(super) fn make(
-        hierarchy: &Hierarchy,
-        name: &str,
-        limits: &CgroupLimits,
-    ) -> Result<(Self, Vec<(Control, Reason)>), CgroupError> {
+    /// Makes the directories.
+    pub(super) fn make(hierarchy: &Hierarchy, name: &str) -> Result<Self, CgroupError> {
         let mut cgroup = Self {
             sources: Vec::new(),
             unified: None,
@@ -71,20 +67,40 @@ impl Cgroup {
                 return Err(error);
             }
         }
+        Ok(cgroup)
+    }
+
+    /// Sets the limits, also once more, and tells which could not be set.
+    pub(super) fn set_limits(
+        &mut self,
+        hierarchy: &Hierarchy,
+        limits: &CgroupLimits,
+    ) -> Vec<(Control, Reason)> {
+        self.enforced.clear();
         let mut refused = Vec::new();
-        for (control, result) in cgroup.limit(hierarchy, limits) {
+        for (control, result) in self.limit(hierarchy, limits) {
             match result {
-                Ok(()) => cgroup.enforced.push(control),
+                Ok(()) => self.enforced.push(control),
                 Err(reason) => refused.push((control, reason)),
             }
         }
-        if cgroup.unified.is_some() && cgroup.features.kill {
-            cgroup.enforced.push(Control::CgroupKill);
+        if self.unified.is_some() && self.features.kill {
+            self.enforced.push(Control::CgroupKill);
         }
-        if cgroup.cpu_source().is_some() {
-            cgroup.enforced.push(Control::CpuTime);
+        if self.cpu_source().is_some() {
+            self.enforced.push(Control::CpuTime);
         }
-        Ok((cgroup, refused))
+        refused
+    }
+
+    /// Whether what was found when the limits were set still holds: without swap
+    /// accounting, "no swap" does for as long as the host has none.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        let swap = self.enforced.contains(&Control::CgroupSwap);
+        let memory = self.source(Controller::Memory);
+        let memory = memory.map(|source| (source.kind, source.path.as_path()));
+        !swap || values::accounts_swap(memory) || values::host_has_no_swap()
     }
 
     fn add(&mut self, source: Source) -> Result<(), CgroupError> {
@@ -274,8 +290,10 @@ impl Cgroup {
     pub fn remove(self) -> Result<(), Self> {
         let mut gone = true;
         for source in &self.sources {
-            if !source.kind.is_unified() && source.controllers.contains(&Controller::Memory) {
-                // Else pages it touched stay charged, and hold the dead cgroup in the kernel.
+            let memory =
+                !source.kind.is_unified() && source.controllers.contains(&Controller::Memory);
+            if memory && v1::holds_pages(&source.path) {
+                // They would stay charged, and hold the dead cgroup in the kernel.
                 let _fails_only_where_removal_does =
                     files::write(&source.path, "memory.force_empty", "0");
             }

@@ -20,10 +20,11 @@ const LIMITS: CgroupLimits = CgroupLimits {
 
 /// The controls that could not be given, and why.
 pub(super) fn run(hierarchy: &Hierarchy) -> Vec<(Control, Reason)> {
-    let (cgroup, mut lacks) = match Cgroup::make(hierarchy, "trial", &LIMITS) {
+    let mut cgroup = match Cgroup::make(hierarchy, "trial") {
         Ok(made) => made,
         Err(error) => return all(&mend::failed("making a run's cgroup", &error.in_full())),
     };
+    let mut lacks = cgroup.set_limits(hierarchy, &LIMITS);
     if !hierarchy.features.kill {
         lacks.push((Control::CgroupKill, mend::no_kill()));
     }

@@ -35,6 +35,15 @@ pub(super) fn memory_peak(memory: &Path) -> io::Result<u64> {
     files::number(memory, "memory.max_usage_in_bytes")
 }
 
+/// Whether a cgroup without processes holds more than what the kernel gives back
+/// when it is removed: charges in advance, of up to 64 pages per processor, and
+/// kernel objects, which pass to the cgroup above.
+pub(super) fn holds_pages(memory: &Path) -> bool {
+    files::read(memory, "memory.stat").is_ok_and(|text| {
+        ["cache", "rss"].iter().any(|key| files::find_key(&text, key).is_none_or(|bytes| bytes > 0))
+    })
+}
+
 /// Makes the present use the highest.
 pub(super) fn reset_memory_peak(memory: &Path) -> io::Result<()> {
     files::write(memory, "memory.max_usage_in_bytes", "0")?;

@@ -28,8 +28,8 @@ pub(super) fn swap(
     bytes: u64,
 ) -> Result<(), Reason> {
     let (limit, refusal) = match source {
-        Some((Kind::Unified, dir)) if dir.join("memory.swap.max").exists() => (Some(bytes), None),
-        Some((Kind::Legacy, dir)) if dir.join("memory.memsw.limit_in_bytes").exists() => {
+        Some((Kind::Unified, _)) if accounts_swap(source) => (Some(bytes), None),
+        Some((Kind::Legacy, _)) if accounts_swap(source) => {
             let both = memory.finite().map(|memory| memory.saturating_add(bytes));
             (both, Some(mend::swap_needs_memory()))
         }
@@ -73,8 +73,16 @@ pub(super) fn cpu(
     told("limiting the share of processors", result)
 }
 
+/// Whether this cgroup can limit swap.
+pub(super) fn accounts_swap(source: Option<(Kind, &Path)>) -> bool {
+    source.is_some_and(|(kind, directory)| match kind {
+        Kind::Unified => directory.join("memory.swap.max").exists(),
+        Kind::Legacy => directory.join("memory.memsw.limit_in_bytes").exists(),
+    })
+}
+
 /// Whether /proc/swaps has nothing below its heading.
-fn host_has_no_swap() -> bool {
+pub(super) fn host_has_no_swap() -> bool {
     files::read(Path::new("/proc"), "swaps").is_ok_and(|text| text.lines().count() <= 1)
 }
 

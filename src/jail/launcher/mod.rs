@@ -8,7 +8,8 @@
 //! Whoever talks to it can end it: the monitor's end of file ends everything,
 //! the server's ends that server's runs.
 //!
-//! `peers` is what the two say, `start` starts a run, `watch` follows it.
+//! `peers` is what the two say, `start` starts a run, in a jail that `ahead` has
+//! ready if there is one, and `watch` follows it.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -21,16 +22,19 @@ use std::{
 
 use rustix::event::epoll::{self, EventFlags};
 
+mod ahead;
 mod peers;
 mod start;
 mod watch;
 
+use self::ahead::Ahead;
 use super::{
     cgroup::{Cgroup, Hierarchy},
     decide::Prepared,
     facts::Facts,
     identity::{HostIds, IdPool},
     message::{FromMonitor, LauncherConfig, MESSAGE_MAX},
+    network::{EmptyNetwork, EmptyNetworks},
     plan::TemplateId,
     run::Run,
     step::Fault,
@@ -54,6 +58,10 @@ const OUTBOX_MAX: usize = 65_536;
 const OWN_DESCRIPTORS: usize = 64 + sys::FDS_MAX;
 /// How many a cgroup in quarantine has open: its directory and its memory peak.
 const LEFTOVER_DESCRIPTORS: usize = 2;
+/// How long word of a start waits for word of the end, to go with it.
+const START_WORD: Duration = Duration::from_millis(2);
+/// Runs that may be answered for while their init is still going.
+const GOING_MAX: usize = 64;
 /// How long everything may take to be gone when the launcher is told to end.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often something in quarantine is looked at again.
@@ -142,11 +150,27 @@ struct LoadedSet {
     templates: HashMap<TemplateId, Rc<Prepared>>,
 }
 
+/// What is to be given back of a run whose processes are gone.
+struct Remains {
+    cgroup: Option<Cgroup>,
+    ids: Option<HostIds>,
+    network: Option<EmptyNetwork>,
+    /// Whose release the server would have to be told.
+    run: Option<RunId>,
+}
+
+impl Remains {
+    fn of(run: Run) -> Self {
+        Self { cgroup: run.cgroup, ids: run.ids, network: run.network, run: None }
+    }
+}
+
 /// A cgroup or uid that couldn't be freed when its run was answered.
 struct Leftover {
     cgroup: Cgroup,
     ids: Option<HostIds>,
-    run: RunId,
+    /// Whose release the server waits for.
+    run: Option<RunId>,
 }
 
 struct Launcher {
@@ -156,6 +180,8 @@ struct Launcher {
     facts: Facts,
     hierarchy: Hierarchy,
     ids: IdPool,
+    networks: EmptyNetworks,
+    ahead: Ahead,
     sets: VecDeque<LoadedSet>,
     runs: HashMap<u64, Run>,
     serials: HashMap<RunId, u64>,
@@ -163,6 +189,16 @@ struct Launcher {
     timers: BTreeSet<(Instant, u64)>,
     scheduled: HashMap<u64, Instant>,
     outbox: VecDeque<Vec<u8>>,
+    /// When what is in it goes at the latest.
+    outbox_due: Option<Instant>,
+    /// The server's socket takes no more for now.
+    outbox_full: bool,
+    /// How many runs were answered for and are not cleared away yet.
+    going: usize,
+    /// Those of them whose init wasn't let go.
+    over: VecDeque<u64>,
+    /// Those whose init is gone.
+    gone: VecDeque<Remains>,
     leftovers: Vec<Leftover>,
     /// When they are looked at again.
     leftovers_due: Option<Instant>,
@@ -190,6 +226,8 @@ impl Launcher {
             facts,
             hierarchy,
             ids: IdPool::new(config.uid_range),
+            networks: EmptyNetworks::new().map_err(|error| format!("network: {error}"))?,
+            ahead: Ahead::new()?,
             sets: VecDeque::new(),
             runs: HashMap::new(),
             serials: HashMap::new(),
@@ -197,6 +235,11 @@ impl Launcher {
             timers: BTreeSet::new(),
             scheduled: HashMap::new(),
             outbox: VecDeque::new(),
+            outbox_due: None,
+            outbox_full: false,
+            going: 0,
+            over: VecDeque::new(),
+            gone: VecDeque::new(),
             leftovers: Vec::new(),
             leftovers_due: None,
             buffer: vec![0; MESSAGE_MAX],
@@ -217,14 +260,17 @@ impl Launcher {
                 log(&format!("epoll: {error}"));
                 return ExitCode::FAILURE;
             }
+            let idle = events.is_empty();
             // Ends before timers: a program that ended keeps its status.
             for token in events.drain(..) {
                 self.on_event(Source::of(token));
             }
             self.on_time(Instant::now());
-            self.flush();
+            if idle || self.going >= GOING_MAX / 2 {
+                self.do_a_chore();
+            }
             if let Some(deadline) = self.ending {
-                if self.runs.is_empty() && self.leftovers.is_empty() {
+                if self.runs.is_empty() && self.gone.is_empty() && self.leftovers.is_empty() {
                     break;
                 }
                 if Instant::now() >= deadline {
@@ -246,7 +292,11 @@ impl Launcher {
     fn wait(&mut self, tokens: &mut Vec<u64>) -> io::Result<()> {
         let now = Instant::now();
         let timer = self.timers.first().map(|(at, _)| *at);
-        let deadline = [timer, self.leftovers_due, self.ending].into_iter().flatten().min();
+        let chore = self.next_chore(now);
+        let deadline = [timer, chore, self.outbox_due, self.leftovers_due, self.ending]
+            .into_iter()
+            .flatten()
+            .min();
         let timeout = deadline.map(|at| {
             let left = at.saturating_duration_since(now);
             rustix::event::Timespec {
@@ -262,6 +312,23 @@ impl Launcher {
             }
             Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// When there is work that no one waits for; `None` for no such work.
+    fn next_chore(&self, now: Instant) -> Option<Instant> {
+        if self.gone.is_empty() && self.over.is_empty() {
+            self.ahead.due(self.most_ahead(), now)
+        } else {
+            Some(now)
+        }
+    }
+
+    /// Does one piece of it, so that what comes in meanwhile waits for no more than that.
+    fn do_a_chore(&mut self) {
+        let building = self.ending.is_none() && self.build_ahead(Instant::now());
+        if !building {
+            self.free_one();
         }
     }
 

@@ -4,7 +4,9 @@ use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, Source, log};
+use super::{
+    FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, START_WORD, Source, log,
+};
 use crate::{
     jail::{
         decide::Prepared,
@@ -55,10 +57,17 @@ impl Launcher {
         let mut templates = HashMap::new();
         for template in set.templates {
             let id = template.id.clone();
-            let prepared = Prepared::new(template, &self.facts)
-                .map_err(|error| format!("{} {}: {error}", id.policy, id.variant))?;
-            templates.insert(id, Rc::new(prepared));
+            let before = self.sets.front().and_then(|set| set.templates.get(&id));
+            let prepared = match before.filter(|before| before.template == template) {
+                // With the jails that are built by it.
+                Some(before) => Rc::clone(before),
+                None => Prepared::new(template, &self.facts)
+                    .map(Rc::new)
+                    .map_err(|error| format!("{} {}: {error}", id.policy, id.variant))?,
+            };
+            templates.insert(id, prepared);
         }
+        self.renew_ahead(&templates);
         self.sets.retain(|set| set.digest != digest);
         self.sets.push_front(LoadedSet { digest, templates });
         self.sets.truncate(SETS_KEPT);
@@ -84,13 +93,18 @@ impl Launcher {
     pub(super) fn drop_server(&mut self) {
         self.server = None; // closing takes it out of the epoll set
         self.outbox.clear();
+        self.outbox_full = false;
         self.stop_all();
     }
 
     pub(super) fn stop_all(&mut self) {
         let now = Instant::now();
         for serial in self.runs.keys().copied().collect::<Vec<_>>() {
-            self.with_run(serial, |run| run.stop(StopCause::Cancelled, now));
+            self.with_run(serial, |run| {
+                if !run.is_free() {
+                    run.stop(StopCause::Cancelled, now);
+                }
+            });
         }
     }
 
@@ -100,10 +114,14 @@ impl Launcher {
             // At its end of file the socket would be readable for ever.
             epoll::delete(&self.epoll, &self.monitor).ok();
             self.drop_server();
+            self.give_up_ahead();
         }
     }
 
     pub(super) fn on_server(&mut self) {
+        if self.outbox_full {
+            self.flush();
+        }
         // A batch at a time: runs and the monitor want their turn too.
         for _ in 0..16 {
             let Some(server) = &self.server else { return };
@@ -144,6 +162,18 @@ impl Launcher {
 
     /// Sends, or keeps for later in order.
     pub(super) fn tell(&mut self, message: &FromLauncher) {
+        self.queue(message);
+        self.flush();
+    }
+
+    /// Sends with what comes next, but soon: most programs end before the server
+    /// could do anything with word of their start.
+    pub(super) fn tell_soon(&mut self, message: &FromLauncher) {
+        self.queue(message);
+        self.outbox_due.get_or_insert_with(|| Instant::now() + START_WORD);
+    }
+
+    fn queue(&mut self, message: &FromLauncher) {
         if self.server.is_none() {
             return;
         }
@@ -151,16 +181,21 @@ impl Launcher {
             Ok(bytes) => self.outbox.push_back(bytes),
             Err(error) => log(&format!("an answer can't be encoded: {error}")),
         }
-        self.flush();
     }
 
     pub(super) fn flush(&mut self) {
+        self.outbox_due = None;
         let Some(server) = &self.server else { return };
+        let was_full = self.outbox_full;
+        self.outbox_full = false;
         let mut lost = false;
         while let Some(bytes) = self.outbox.front() {
             match sys::send_packet(server, bytes, &[]) {
                 Ok(()) => drop(self.outbox.pop_front()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.outbox_full = true;
+                    break;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
                     lost = true;
@@ -171,10 +206,14 @@ impl Launcher {
         if lost || self.outbox.len() > OUTBOX_MAX {
             return self.drop_server();
         }
-        let mut flags = EventFlags::IN;
-        if !self.outbox.is_empty() {
-            flags |= EventFlags::OUT;
+        if self.outbox_full != was_full {
+            self.watch_for_room(self.outbox_full);
         }
+    }
+
+    fn watch_for_room(&self, wanted: bool) {
+        let Some(server) = &self.server else { return };
+        let flags = if wanted { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
         let data = epoll::EventData::new_u64(Source::Server.token());
         if let Err(error) = epoll::modify(&self.epoll, server, data, flags) {
             log(&format!("epoll: {error}"));

@@ -1,8 +1,11 @@
 //! Starting a run: everything that is refused is refused before anything is made.
+//!
+//! A call gets a jail that was built ahead (`ahead`), where there is one that
+//! will do, and else one that is built for it, the same way.
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     rc::Rc,
     time::Instant,
 };
@@ -10,22 +13,35 @@ use std::{
 use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log, reap};
 use crate::{
     jail::{
-        cgroup::{Cgroup, CgroupError, CgroupLimits, Lack},
-        check,
-        decide::{Decided, Prepared},
+        cgroup::{Cgroup, CgroupError, CgroupLimits, Hierarchy, Lack},
+        check::{self, Checked},
+        decide::{Decided, Prepared, Purpose, Script},
         identity::HostIds,
         init,
-        message::{Exhausted, Launch, LaunchFds, Refusal},
+        message::{Exhausted, FromLauncher, Launch, LaunchFds, Refusal, StopCause},
         namespaces::{self, Cloned},
-        plan::{Control, Template},
-        run::{self, Parts, Run},
+        network::EmptyNetwork,
+        plan::{Control, Mode, Template},
+        run::{self, Call, Change, Parts, Run},
         step::{Step, StepError},
     },
+    names::RunId,
     sys,
 };
 
+/// `run-` and eight digits: the jail's host name, which isn't the host's.
+const HOST_NAME_LEN: usize = 12;
+
+/// Why a jail didn't take a call.
+enum Unassigned {
+    /// The call can't be had here.
+    Refused(Refusal),
+    /// The jail died while it waited. The call is as it was.
+    Gone(Box<(Call, LaunchFds)>),
+}
+
 impl Launcher {
-    /// Starts building a run. What can be refused is refused before anything is made.
+    /// Starts a run. What can be refused is refused before anything is made.
     pub(super) fn launch(&mut self, launch: Launch, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
         let received = Instant::now();
         if self.ending.is_some() {
@@ -43,9 +59,41 @@ impl Launcher {
         let prepared = Rc::clone(
             set.templates.get(&launch.template).ok_or_else(|| invalid("no such template"))?,
         );
-        let fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
+        let mut fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
         let checked = check::check(&launch, &fds, &prepared.template)
             .map_err(|what| Refusal::Invalid { what })?;
+        let cores = cores(&checked, self.facts.processors);
+        let mut call = Call { launch, call_len: checked.call_len, cores, received };
+
+        while let Some(serial) = self.take_ahead(&prepared, &call.launch) {
+            match self.assign(serial, call, fds, &checked) {
+                Ok(()) => return Ok(()),
+                Err(Unassigned::Refused(refusal)) => return Err(refusal),
+                Err(Unassigned::Gone(back)) => (call, fds) = *back,
+            }
+        }
+        let script = script(&call.launch, &fds);
+        let serial = self.build(&prepared, call.launch.mode, script)?;
+        match self.assign(serial, call, fds, &checked) {
+            Ok(()) => Ok(()),
+            Err(Unassigned::Refused(refusal)) => Err(refusal),
+            Err(Unassigned::Gone(_)) => {
+                let errno = libc::ECHILD;
+                Err(run::refusal(StepError { step: Step::Start, index: 0, errno }))
+            }
+        }
+    }
+
+    /// Begins to build a jail, with the template's own limits.
+    pub(super) fn build(
+        &mut self,
+        prepared: &Rc<Prepared>,
+        mode: Mode,
+        script: Option<Script<'_>>,
+    ) -> Result<u64, Refusal> {
+        if !self.has_descriptors_for(&prepared.template) {
+            self.networks.let_go();
+        }
         if !self.has_descriptors_for(&prepared.template) {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
         }
@@ -53,12 +101,11 @@ impl Launcher {
             true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
             false => None,
         };
-        let made = self.make(received, launch, fds, &prepared, &checked, ids);
+        let made = self
+            .take_network(prepared, mode)
+            .and_then(|network| self.make(prepared, mode, script, ids, network));
         match made {
-            Ok(run) => {
-                self.register(run);
-                Ok(())
-            }
+            Ok(run) => Ok(self.register(run)),
             Err(refusal) => {
                 if let Some(ids) = ids {
                     self.ids.give_back(ids);
@@ -70,86 +117,125 @@ impl Launcher {
 
     /// Whether a run more leaves the launcher the descriptors that it needs:
     /// without one it could neither hear of a run's end nor start another.
-    fn has_descriptors_for(&self, template: &Template) -> bool {
+    pub(super) fn has_descriptors_for(&self, template: &Template) -> bool {
         let runs: usize = self.runs.values().map(Run::descriptors).sum();
         let leftovers = LEFTOVER_DESCRIPTORS * self.leftovers.len();
-        let all = OWN_DESCRIPTORS + runs + leftovers + Run::descriptors_needed(template);
-        u64::try_from(all).is_ok_and(|all| all <= self.facts.open_files)
+        let held = OWN_DESCRIPTORS + self.networks.descriptors() + runs + leftovers;
+        u64::try_from(held + Run::descriptors_needed(template))
+            .is_ok_and(|all| all <= self.facts.open_files)
     }
 
-    pub(super) fn make(
+    fn take_network(
+        &mut self,
+        prepared: &Prepared,
+        mode: Mode,
+    ) -> Result<Option<EmptyNetwork>, Refusal> {
+        if !prepared.takes_empty_network(mode, &self.facts) {
+            return Ok(None);
+        }
+        self.inject(Step::NetworkNamespace)?;
+        self.networks
+            .take()
+            .map(Some)
+            .map_err(|error| run::refusal(step_error(Step::NetworkNamespace)(error)))
+    }
+
+    fn make(
         &self,
-        received: Instant,
-        launch: Launch,
-        fds: LaunchFds,
         prepared: &Rc<Prepared>,
-        checked: &check::Checked,
+        mode: Mode,
+        script: Option<Script<'_>>,
         ids: Option<HostIds>,
+        network: Option<EmptyNetwork>,
     ) -> Result<Run, Refusal> {
         let template = &prepared.template;
-        let limits = CgroupLimits {
-            memory: checked.memory,
-            swap: template.limits.swap,
-            cpus: checked.cpus,
-            pids: template.limits.pids,
-        };
+        // Not the call's id, which its jail may be older than; the same for nobody.
+        let id = RunId::random().map_err(|error| run::refusal(step_error(Step::Clone)(error)))?;
+        let name = format!("run-{id}");
+        let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], script };
         self.inject(Step::Idmap)?;
-        let decided = prepared.decide(&launch, &fds, ids, &self.facts, self.fault)?;
+        let network_fd = network.as_ref().map(AsFd::as_fd);
+        let decided = prepared.decide(&purpose, ids, network_fd, &self.facts, self.fault)?;
         self.inject(Step::Cgroup)?;
         let cgroup = self
             .hierarchy
-            .create(&format!("run-{}", launch.run), &limits, &template.best_effort)
+            .create(&name, &limits(template, None), &template.best_effort)
             .map_err(cgroup_refusal)?;
-        let mut cgroup_controls = match cgroup_controls(&cgroup, template, checked) {
-            Ok(controls) => controls,
-            Err(control) => {
-                self.discard(cgroup);
-                return Err(self.lacking(control));
-            }
-        };
-        let cloned = self.clone_init(&decided, &cgroup);
-        let (pid, pidfd, control) = match cloned {
+        if let Err(control) = cgroup_controls(&cgroup, template) {
+            self.discard(cgroup);
+            return Err(lacking(&self.hierarchy, control));
+        }
+        let (pid, pidfd, control) = match self.clone_init(&decided, &cgroup) {
             Ok(parts) => parts,
             Err(error) => {
                 self.discard(cgroup);
                 return Err(run::refusal(error));
             }
         };
-        let mut enforced = decided.enforced;
-        enforced.append(&mut cgroup_controls);
-        let cores = checked
-            .cpus
-            .finite()
-            .map_or(f64::from(self.facts.processors), |cpus| cpus.as_f64())
-            .min(f64::from(self.facts.processors));
-        Ok(Run::new(Parts {
+        let parts = Parts {
+            name,
             ids,
             cgroup,
+            network,
             pid,
             pidfd,
             control,
             prepared: Rc::clone(prepared),
-            call_len: checked.call_len,
-            cpu_limit: template.limits.cpu_time.finite(),
-            launch,
-            fds,
             namespaces: decided.namespaces,
             map: decided.map,
-            enforced,
-            cores,
-            received,
-        }))
+            enforced: decided.enforced,
+        };
+        Ok(Run::new(parts, Instant::now()))
     }
 
-    /// The refusal for a control that this host's cgroups can't give.
-    fn lacking(&self, control: Control) -> Refusal {
-        match self.hierarchy.available().lacking(control) {
-            Some(lack) => Refusal::lacking(lack),
-            None => {
-                let why = "the run's cgroup doesn't have it".to_owned();
-                Refusal::ControlUnavailable { control, why }
+    /// Gives a jail its call, with the limits that hold for it.
+    fn assign(
+        &mut self,
+        serial: u64,
+        call: Call,
+        fds: LaunchFds,
+        checked: &Checked,
+    ) -> Result<(), Unassigned> {
+        let id = call.launch.run;
+        let Some(run) = self.runs.get_mut(&serial) else {
+            return Err(Unassigned::Gone(Box::new((call, fds))));
+        };
+        let result = match tighten(run, &self.hierarchy, &call, checked) {
+            Ok(controls) => {
+                run.assign(call, fds, &controls, Instant::now()).map_err(Unassigned::Gone)
+            }
+            Err(refusal) => Err(Unassigned::Refused(refusal)),
+        };
+        match result {
+            Ok(change) => {
+                self.serials.insert(id, serial);
+                if let Some(launch) = run.launch() {
+                    self.ahead.count_running(run, launch, true);
+                }
+                self.on_change(serial, change);
+                Ok(())
+            }
+            Err(why) => {
+                run.stop(StopCause::Cancelled, Instant::now());
+                self.reschedule(serial);
+                Err(why)
             }
         }
+    }
+
+    /// The program was started, or its listener came.
+    pub(super) fn on_change(&mut self, serial: u64, change: Change) {
+        match change {
+            Change::None => {}
+            Change::Started { setup } => {
+                let at = std::time::SystemTime::now();
+                if let Some(run) = self.runs.get(&serial).and_then(Run::id) {
+                    self.tell_soon(&FromLauncher::Started { run, at, setup });
+                }
+            }
+            Change::Listener => self.watch_listener(serial),
+        }
+        self.reschedule(serial);
     }
 
     pub(super) fn inject(&self, step: Step) -> Result<(), Refusal> {
@@ -159,30 +245,23 @@ impl Launcher {
         Ok(())
     }
 
-    pub(super) fn clone_init(
+    fn clone_init(
         &self,
         decided: &Decided,
         cgroup: &Cgroup,
     ) -> Result<(i32, OwnedFd, OwnedFd), StepError> {
-        let failed = |step: Step| {
-            move |error: io::Error| StepError {
-                step,
-                index: 0,
-                errno: error.raw_os_error().unwrap_or(libc::EIO),
-            }
-        };
         if self.fault.hits(Step::Clone) {
             return Err(StepError { step: Step::Clone, index: 0, errno: libc::EIO });
         }
-        let (ours, theirs) = sys::seqpacket_pair().map_err(failed(Step::Clone))?;
-        rustix::io::ioctl_fionbio(&ours, true).map_err(|e| failed(Step::Clone)(e.into()))?;
+        let (ours, theirs) = sys::seqpacket_pair().map_err(step_error(Step::Clone))?;
+        rustix::io::ioctl_fionbio(&ours, true).map_err(|e| step_error(Step::Clone)(e.into()))?;
         let mut keep = decided.keep.clone();
         keep.push(theirs.as_raw_fd());
         keep.sort_unstable();
         let namespaces = decided.blueprint.outer_namespaces;
         // SAFETY: this process has one thread; init makes only system calls.
         let cloned = unsafe { namespaces::clone(namespaces, cgroup.v2_dir_fd()) };
-        match cloned.map_err(failed(Step::Clone))? {
+        match cloned.map_err(step_error(Step::Clone))? {
             Cloned::Child => init::main(&decided.blueprint, theirs.as_raw_fd(), &keep),
             Cloned::Parent(pid, pidfd) => {
                 let attached = if self.fault.hits(Step::Attach) {
@@ -192,27 +271,86 @@ impl Launcher {
                 };
                 if let Err(error) = attached {
                     kill_and_reap(&pidfd);
-                    return Err(failed(Step::Attach)(error));
+                    return Err(step_error(Step::Attach)(error));
                 }
                 Ok((pid, pidfd, ours))
             }
         }
     }
 
-    pub(super) fn discard(&self, cgroup: Cgroup) {
+    fn discard(&self, cgroup: Cgroup) {
         if cgroup.remove().is_err() {
             log("a cgroup that never held a run can't be removed");
         }
     }
 }
 
-/// What of the limits the cgroup holds and the launcher's clocks watch, or the
-/// first control that is demanded and not there.
-fn cgroup_controls(
-    cgroup: &Cgroup,
-    template: &Template,
-    checked: &check::Checked,
-) -> Result<Vec<Control>, Control> {
+/// Sets what the call wants less of than its template gives. The cgroup's and the
+/// clocks' share of the controls, or the refusal for one that is demanded and not there.
+fn tighten(
+    run: &mut Run,
+    hierarchy: &Hierarchy,
+    call: &Call,
+    checked: &Checked,
+) -> Result<Vec<Control>, Refusal> {
+    let prepared = Rc::clone(run.prepared());
+    let template = &prepared.template;
+    let Some(cgroup) = &mut run.cgroup else { return Ok(Vec::new()) };
+    let tighter = call.launch.memory.is_some() || call.launch.cpus.is_some();
+    if tighter || !cgroup.holds() {
+        hierarchy
+            .limit(cgroup, &limits(template, Some(checked)), &template.best_effort)
+            .map_err(cgroup_refusal)?;
+    }
+    let mut controls =
+        cgroup_controls(cgroup, template).map_err(|control| lacking(hierarchy, control))?;
+    controls.extend(checked.timeout.map(|_| Control::Timeout));
+    Ok(controls)
+}
+
+/// The template's limits, or those that hold for a call.
+fn limits(template: &Template, checked: Option<&Checked>) -> CgroupLimits {
+    let limits = &template.limits;
+    CgroupLimits {
+        memory: checked.map_or(limits.memory, |checked| checked.memory),
+        swap: limits.swap,
+        cpus: checked.map_or(limits.cpus, |checked| checked.cpus),
+        pids: limits.pids,
+    }
+}
+
+/// How many processors' worth of time a run can use per second.
+fn cores(checked: &Checked, processors: u32) -> f64 {
+    let processors = f64::from(processors);
+    checked.cpus.finite().map_or(processors, |cpus| cpus.as_f64().min(processors))
+}
+
+fn script<'a>(launch: &'a Launch, fds: &'a LaunchFds) -> Option<Script<'a>> {
+    launch.interpreter.as_deref().map(|interpreter| Script {
+        interpreter,
+        executable: fds.executable.as_fd(),
+        size: launch.executable_size,
+    })
+}
+
+/// The refusal for a control that this host's cgroups can't give.
+fn lacking(hierarchy: &Hierarchy, control: Control) -> Refusal {
+    match hierarchy.available().lacking(control) {
+        Some(lack) => Refusal::lacking(lack),
+        None => {
+            let why = "the run's cgroup doesn't have it".to_owned();
+            Refusal::ControlUnavailable { control, why }
+        }
+    }
+}
+
+fn step_error(step: Step) -> impl Fn(io::Error) -> StepError {
+    move |error| StepError { step, index: 0, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+}
+
+/// What of the limits the cgroup holds or counts, or the first control that is
+/// demanded and not there.
+fn cgroup_controls(cgroup: &Cgroup, template: &Template) -> Result<Vec<Control>, Control> {
     let timed = template.limits.cpu_time.finite().is_some();
     for (control, wanted) in [(Control::CgroupKill, true), (Control::CpuTime, timed)] {
         let there = cgroup.enforced().contains(&control);
@@ -222,9 +360,6 @@ fn cgroup_controls(
     }
     let mut controls = cgroup.enforced().to_vec();
     controls.retain(|control| *control != Control::CpuTime || timed);
-    if checked.timeout.is_some() {
-        controls.push(Control::Timeout);
-    }
     Ok(controls)
 }
 

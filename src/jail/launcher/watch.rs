@@ -4,16 +4,17 @@ use std::{os::fd::OwnedFd, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{Launcher, Leftover, QUARANTINE_RETRY, Source, log, reap};
+use super::{GOING_MAX, Launcher, Leftover, QUARANTINE_RETRY, Remains, Source, log, reap};
 use crate::jail::{
+    cgroup::Cgroup,
     identity::HostIds,
     message::FromLauncher,
-    run::{Change, Heard, Phase, Run},
+    run::{Heard, Phase, Run},
     step::{Report, Step, StepError},
 };
 
 impl Launcher {
-    pub(super) fn register(&mut self, run: Run) {
+    pub(super) fn register(&mut self, run: Run) -> u64 {
         let serial = self.next_serial;
         self.next_serial += 1;
         let watched = self
@@ -24,7 +25,6 @@ impl Launcher {
                 Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
                 told => told,
             });
-        self.serials.insert(run.id, serial);
         self.runs.insert(serial, run);
         if let Err(error) = watched {
             log(&format!("a run can't be watched: {error}"));
@@ -32,6 +32,7 @@ impl Launcher {
             self.with_run(serial, |run| run.unheard(Step::Handshake, &error, now));
         }
         self.reschedule(serial);
+        serial
     }
 
     pub(super) fn with_run(&mut self, serial: u64, act: impl FnOnce(&mut Run)) {
@@ -69,7 +70,7 @@ impl Launcher {
                     return self.reschedule(serial);
                 }
                 Err(error) => {
-                    log(&format!("run {}: its control socket: {error}", run.id));
+                    log(&format!("{}: its control socket: {error}", run.name()));
                     epoll::delete(&self.epoll, &run.control).ok();
                     run.unheard(Step::Handshake, &error, Instant::now());
                     return self.reschedule(serial);
@@ -92,25 +93,47 @@ impl Launcher {
             return self.reschedule(serial);
         }
         let change = run.on_report(report, fd, now);
-        let id = run.id;
-        match change {
-            Change::None => {}
-            Change::Started { setup } => {
-                let at = std::time::SystemTime::now();
-                self.tell(&FromLauncher::Started { run: id, at, setup });
-            }
-            Change::Listener => {
-                let flags = EventFlags::IN | EventFlags::ONESHOT;
-                if let Some(run) = self.runs.get(&serial)
-                    && let Some(listener) = run.listener()
-                    && let Err(error) = self.watch(listener, Source::Listener(serial), flags)
-                {
-                    log(&format!("run {id}: its listener can't be watched: {error}"));
-                    self.with_run(serial, |run| run.unheard(Step::Listener, &error, now));
-                }
-            }
+        self.on_change(serial, change);
+        self.answer_if_over(serial, now);
+    }
+
+    pub(super) fn watch_listener(&mut self, serial: u64) {
+        let flags = EventFlags::IN | EventFlags::ONESHOT;
+        if let Some(run) = self.runs.get(&serial)
+            && let Some(listener) = run.listener()
+            && let Err(error) = self.watch(listener, Source::Listener(serial), flags)
+        {
+            log(&format!("{}: its listener can't be watched: {error}", run.name()));
+            let now = Instant::now();
+            self.with_run(serial, |run| run.unheard(Step::Listener, &error, now));
         }
-        self.reschedule(serial);
+    }
+
+    /// Answers for a run of whose program nothing is left. That its init, its
+    /// mounts and its cgroup go as well is not waited for, unless many are going.
+    fn answer_if_over(&mut self, serial: u64, now: Instant) {
+        let Some(run) = self.runs.get_mut(&serial).filter(|run| run.is_over()) else { return };
+        if self.going >= GOING_MAX {
+            run.dismiss(now);
+            return self.reschedule(serial);
+        }
+        run.answered = true;
+        self.going += 1;
+        self.over.push_back(serial);
+        let answer = answer(run, now);
+        self.forget(serial);
+        if let Some(answer) = answer {
+            self.tell(&answer);
+        }
+    }
+
+    /// A run's id may be used again, and one call less runs.
+    fn forget(&mut self, serial: u64) {
+        let Some(run) = self.runs.get(&serial) else { return };
+        if let Some(launch) = run.launch() {
+            self.serials.remove(&launch.run);
+            self.ahead.count_running(run, launch, false);
+        }
     }
 
     pub(super) fn rearm_listener(&mut self, serial: u64) {
@@ -135,58 +158,86 @@ impl Launcher {
             self.scheduled.remove(&serial);
             let Some(run) = self.runs.get_mut(&serial) else { continue };
             if run.on_time(now) {
-                log(&format!("run {} would not end: its uid and cgroup are kept aside", run.id));
-                if let Some(run) = self.runs.get(&serial) {
-                    let answer = answer(run, now);
+                log(&format!("{} would not end: its uid and cgroup are kept aside", run.name()));
+                if !run.answered
+                    && let Some(answer) = answer(run, now)
+                {
                     self.tell(&answer);
                 }
             }
             self.reschedule(serial);
             self.rearm_listener(serial);
         }
+        if self.outbox_due.is_some_and(|due| due <= now) {
+            self.flush();
+        }
         if self.leftovers_due.is_some_and(|due| due <= now) {
             self.retry_leftovers(now);
         }
     }
 
-    /// Init is dead, and with it everything in its pid namespace. The answer
-    /// comes last: when the caller has it, nothing of the run is left.
+    /// Init is dead, and with it everything in its pid namespace. If the answer
+    /// wasn't given before, it comes last: then nothing of the run is left.
     pub(super) fn on_init_gone(&mut self, serial: u64) {
         self.on_control(serial); // what it said last
+        if self.runs.get(&serial).is_some_and(|run| !run.answered) {
+            self.forget(serial);
+        }
         let Some(run) = self.runs.remove(&serial) else { return };
         reap(&run.pidfd);
-        self.serials.remove(&run.id);
         if let Some(at) = self.scheduled.remove(&serial) {
             self.timers.remove(&(at, serial));
         }
-        let answered = run.phase == Phase::Quarantined;
-        let id = run.id;
-        let mut answer = answer(&run, Instant::now());
-        let freed = self.free(run);
-        if answered {
+        if run.answered {
+            self.gone.push_back(Remains::of(run));
+            return;
+        }
+        let Some(id) = run.id() else {
+            self.on_loss_ahead(serial, &run);
+            self.free(Remains::of(run));
+            return;
+        };
+        let quarantined = run.phase == Phase::Quarantined;
+        let answer = answer(&run, Instant::now());
+        let freed = self.free(Remains { run: Some(id), ..Remains::of(run) });
+        if quarantined {
             if freed {
                 self.tell(&FromLauncher::Released { run: id });
             }
-            return;
+        } else if let Some(mut answer) = answer {
+            if let FromLauncher::Ended { end, .. } = &mut answer {
+                end.quarantined = !freed;
+            }
+            self.tell(&answer);
         }
-        if let FromLauncher::Ended { end, .. } = &mut answer {
-            end.quarantined = !freed;
+    }
+
+    /// Clears away after a run that was answered for, if there is one: its init is
+    /// let go first, and its cgroup when init is gone.
+    pub(super) fn free_one(&mut self) {
+        if let Some(remains) = self.gone.pop_front() {
+            self.going -= 1;
+            self.free(remains);
+        } else if let Some(serial) = self.over.pop_front() {
+            let now = Instant::now();
+            self.with_run(serial, |run| run.dismiss(now));
         }
-        self.tell(&answer);
     }
 
     /// Gives back what a run had. False where its cgroup can't be removed yet:
     /// then that and its uids wait in quarantine.
-    fn free(&mut self, mut run: Run) -> bool {
-        run.listener = None;
-        let Some(cgroup) = run.cgroup.take() else { return true };
-        match cgroup.remove() {
-            Ok(()) => {
-                self.give_back(run.ids);
+    fn free(&mut self, remains: Remains) -> bool {
+        match remains.cgroup.map(Cgroup::remove) {
+            None | Some(Ok(())) => {
+                self.give_back(remains.ids);
+                if let Some(network) = remains.network {
+                    self.networks.give_back(network);
+                }
                 true
             }
-            Err(cgroup) => {
-                self.leftovers.push(Leftover { cgroup, ids: run.ids.take(), run: run.id });
+            Some(Err(cgroup)) => {
+                // Whatever is left in the cgroup may be in the network as well.
+                self.leftovers.push(Leftover { cgroup, ids: remains.ids, run: remains.run });
                 self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
                 false
             }
@@ -203,9 +254,11 @@ impl Launcher {
         for leftover in std::mem::take(&mut self.leftovers) {
             match leftover.cgroup.remove() {
                 Ok(()) => {
-                    log(&format!("what was left of run {} is gone", leftover.run));
                     self.give_back(leftover.ids);
-                    self.tell(&FromLauncher::Released { run: leftover.run });
+                    if let Some(run) = leftover.run {
+                        log(&format!("what was left of run {run} is gone"));
+                        self.tell(&FromLauncher::Released { run });
+                    }
                 }
                 Err(cgroup) => self.leftovers.push(Leftover { cgroup, ..leftover }),
             }
@@ -214,10 +267,11 @@ impl Launcher {
     }
 }
 
-/// How a run went, in the words of the protocol.
-fn answer(run: &Run, now: Instant) -> FromLauncher {
-    match run.refusal() {
-        Some(refusal) => FromLauncher::Refused { run: run.id, refusal },
-        None => FromLauncher::Ended { run: run.id, end: Box::new(run.outcome(now)) },
-    }
+/// How a run went, in the words of the protocol; nothing of one without a call.
+fn answer(run: &Run, now: Instant) -> Option<FromLauncher> {
+    let id = run.id()?;
+    Some(match run.refusal() {
+        Some(refusal) => FromLauncher::Refused { run: id, refusal },
+        None => FromLauncher::Ended { run: id, end: Box::new(run.outcome(now)) },
+    })
 }

@@ -1,6 +1,9 @@
 //! How a run went, in the words of the protocol.
 
-use std::{io, time::Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use super::{Phase, Run};
 use crate::jail::{
@@ -37,7 +40,10 @@ impl Run {
             refused_syscalls: self.refused.clone(),
             // Before the filter, the last step but exec, nothing is complete.
             enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
-            setup: started.saturating_duration_since(self.received),
+            setup: self
+                .call
+                .as_ref()
+                .map_or(Duration::ZERO, |call| started.saturating_duration_since(call.received)),
             wall: ended.saturating_duration_since(started),
             user: usage.user,
             system: usage.system,

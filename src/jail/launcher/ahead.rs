@@ -1,0 +1,309 @@
+//! Jails built ahead of need.
+//!
+//! Most of what a jail is made of depends on its template alone, so that it can be
+//! made before there is a call for it; a call then costs what only it can bring. Each
+//! is used once. Nothing here is seen from outside but the time: a jail built ahead is
+//! built and started by the same code as one that a call waits for, and where none can
+//! be had (a script is part of its root, the first call of a template) the call
+//! builds its own, and is told what went wrong with that.
+//!
+//! As many are kept as a template's calls ran at once lately, and one: when they end,
+//! as many may follow. They are built when there is nothing else to do, one at a time.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Launcher, log};
+use crate::jail::{
+    decide::Prepared,
+    message::{Launch, StopCause},
+    plan::{Filesystem, Mode, TemplateId},
+    root,
+    run::Run,
+};
+
+/// Most jails that wait for one template's calls.
+const EACH_MAX: usize = 16;
+/// Most of all templates together.
+const ALL_MAX: usize = 64;
+/// Share of the host uids and of the descriptors that they may take.
+const SHARE: usize = 8;
+/// How often demand is reviewed.
+const REVIEW: Duration = Duration::from_secs(10);
+/// Reviews without a call after which a template's last jail goes.
+const IDLE_REVIEWS: u32 = 60;
+/// How long nothing is built after a jail that could not be; doubled each time.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// What waits, and what is wanted.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    demands: HashMap<(TemplateId, Mode), Demand>,
+    mounts: Mounts,
+    review_at: Option<Instant>,
+}
+
+/// Of one template in one mode.
+#[derive(Debug)]
+struct Demand {
+    prepared: Rc<Prepared>,
+    /// The oldest first.
+    jails: VecDeque<Jail>,
+    /// Calls that run now, and the most that did since the last review and before it.
+    running: usize,
+    peak: usize,
+    last_peak: usize,
+    /// Reviews since the last call.
+    idle: u32,
+    retry: Duration,
+    retry_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Jail {
+    serial: u64,
+    /// What of the host its root was made of; `None` for nothing.
+    shown: Option<Shown>,
+}
+
+/// What of the host a root shows.
+#[derive(Debug, PartialEq, Eq)]
+struct Shown {
+    files: Vec<root::Seen>,
+    mounts: u64,
+}
+
+/// Counts changes of the launcher's mount table: what is mounted later isn't seen
+/// in a jail.
+#[derive(Debug)]
+struct Mounts {
+    table: File,
+    changes: u64,
+}
+
+impl Mounts {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self { table: File::open("/proc/self/mounts")?, changes: 0 })
+    }
+
+    /// How often it was seen changed. Readable with priority, it has changed since
+    /// it was last polled, proc_pid_mounts(5).
+    fn changes(&mut self) -> u64 {
+        let mut fds = [PollFd::new(&self.table, PollFlags::PRI)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let polled = poll(&mut fds, Some(&at_once));
+        if polled.is_err() || fds[0].revents().intersects(PollFlags::PRI | PollFlags::ERR) {
+            self.changes += 1;
+        }
+        self.changes
+    }
+}
+
+impl Ahead {
+    pub(super) fn new() -> Result<Self, String> {
+        let mounts = Mounts::watch().map_err(|error| format!("/proc/self/mounts: {error}"))?;
+        Ok(Self { demands: HashMap::new(), mounts, review_at: None })
+    }
+
+    /// When [`Launcher::build_ahead`] has something to do, with at most `most` jails.
+    pub(super) fn due(&self, most: usize, now: Instant) -> Option<Instant> {
+        if self.count() >= most {
+            return self.review_at;
+        }
+        let wanting = self.demands.values().filter(|demand| demand.lacks_any());
+        wanting.map(|demand| demand.retry_at.unwrap_or(now)).chain(self.review_at).min()
+    }
+
+    fn count(&self) -> usize {
+        self.demands.values().map(|demand| demand.jails.len()).sum()
+    }
+
+    /// A call of this template runs, or doesn't any more.
+    pub(super) fn count_running(&mut self, run: &Run, launch: &Launch, more: bool) {
+        let key = (launch.template.clone(), launch.mode);
+        let demand = self.demands.get_mut(&key);
+        if let Some(demand) = demand.filter(|it| Rc::ptr_eq(&it.prepared, run.prepared())) {
+            demand.running =
+                if more { demand.running + 1 } else { demand.running.saturating_sub(1) };
+            demand.peak = demand.peak.max(demand.running);
+        }
+    }
+
+    fn shown(&mut self, filesystem: &Filesystem) -> Option<Shown> {
+        filesystem
+            .shows_host()
+            .then(|| Shown { files: root::seen(filesystem), mounts: self.mounts.changes() })
+    }
+}
+
+impl Demand {
+    fn new(prepared: Rc<Prepared>) -> Self {
+        Self {
+            prepared,
+            jails: VecDeque::new(),
+            running: 0,
+            peak: 0,
+            last_peak: 0,
+            idle: 0,
+            retry: RETRY_MIN,
+            retry_at: None,
+        }
+    }
+
+    fn wanted(&self) -> usize {
+        if self.idle > IDLE_REVIEWS {
+            return 0;
+        }
+        (self.peak.max(self.last_peak) + 1).min(EACH_MAX)
+    }
+
+    fn lacks_any(&self) -> bool {
+        self.jails.len() < self.wanted()
+    }
+
+    fn back_off(&mut self, now: Instant) {
+        self.retry_at = Some(now + self.retry);
+        self.retry = (self.retry * 2).min(RETRY_MAX);
+    }
+
+    fn review(&mut self) {
+        self.idle += 1;
+        self.last_peak = self.peak;
+        self.peak = self.running;
+    }
+}
+
+impl Launcher {
+    /// A jail for this launch that is there, or at least begun.
+    pub(super) fn take_ahead(&mut self, prepared: &Rc<Prepared>, launch: &Launch) -> Option<u64> {
+        if launch.interpreter.is_some() {
+            return None;
+        }
+        let key = (launch.template.clone(), launch.mode);
+        let demand = self
+            .ahead
+            .demands
+            .entry(key.clone())
+            .or_insert_with(|| Demand::new(Rc::clone(prepared)));
+        // By a superseded set of policies.
+        if !Rc::ptr_eq(&demand.prepared, prepared) {
+            return None;
+        }
+        self.ahead.review_at.get_or_insert_with(|| Instant::now() + REVIEW);
+        demand.idle = 0;
+        let jail = demand.jails.pop_front()?;
+        demand.retry = RETRY_MIN;
+        if self.ahead.shown(&prepared.template.filesystem) != jail.shown {
+            // The others are as old, or hardly younger.
+            self.retire(jail.serial);
+            self.retire_all(&key);
+            return None;
+        }
+        Some(jail.serial)
+    }
+
+    /// Builds one jail, where one is wanted; reviews demand when that is due. False
+    /// where there was nothing to build.
+    pub(super) fn build_ahead(&mut self, now: Instant) -> bool {
+        if self.ahead.review_at.is_some_and(|at| at <= now) {
+            self.review_ahead(now);
+        }
+        if self.ahead.count() >= self.most_ahead() {
+            return false;
+        }
+        let wants =
+            |demand: &Demand| demand.lacks_any() && demand.retry_at.is_none_or(|at| at <= now);
+        let Some((key, demand)) = self
+            .ahead
+            .demands
+            .iter()
+            .filter(|(_, demand)| wants(demand))
+            .min_by_key(|(_, d)| d.jails.len())
+        else {
+            return false;
+        };
+        let (key, prepared) = (key.clone(), Rc::clone(&demand.prepared));
+        let shown = self.ahead.shown(&prepared.template.filesystem);
+        let built = self.build(&prepared, key.1, None);
+        let Some(demand) = self.ahead.demands.get_mut(&key) else { return true };
+        match built {
+            Ok(serial) => {
+                demand.retry_at = None;
+                demand.jails.push_back(Jail { serial, shown });
+            }
+            // A call that needs one is told why it can't be had.
+            Err(_) => demand.back_off(now),
+        }
+        true
+    }
+
+    /// How many may wait, so that calls find uids and descriptors left.
+    pub(super) fn most_ahead(&self) -> usize {
+        let descriptors = usize::try_from(self.facts.open_files).unwrap_or(usize::MAX);
+        let by_descriptors = descriptors / (SHARE * Run::DESCRIPTORS_WAITING);
+        let by_ids = if self.facts.root { self.ids.size() / SHARE } else { usize::MAX };
+        ALL_MAX.min(by_ids).min(by_descriptors)
+    }
+
+    fn review_ahead(&mut self, now: Instant) {
+        let mut surplus = Vec::new();
+        self.ahead.demands.retain(|_, demand| {
+            demand.review();
+            let excess = demand.jails.len().saturating_sub(demand.wanted());
+            surplus.extend(demand.jails.drain(..excess).map(|jail| jail.serial));
+            demand.wanted() > 0 || demand.running > 0
+        });
+        self.ahead.review_at = (!self.ahead.demands.is_empty()).then_some(now + REVIEW);
+        for serial in surplus {
+            self.retire(serial);
+        }
+    }
+
+    /// One that waited died, or could not be built to its end.
+    pub(super) fn on_loss_ahead(&mut self, serial: u64, run: &Run) {
+        for demand in self.ahead.demands.values_mut() {
+            let before = demand.jails.len();
+            demand.jails.retain(|jail| jail.serial != serial);
+            if demand.jails.len() < before {
+                log(&format!("{}, built ahead of need, was lost", run.name()));
+                demand.back_off(Instant::now());
+            }
+        }
+    }
+
+    /// Policies were read anew: what changed is built anew when there is a call for it.
+    pub(super) fn renew_ahead(&mut self, templates: &HashMap<TemplateId, Rc<Prepared>>) {
+        let same = |key: &(TemplateId, Mode), demand: &Demand| {
+            templates.get(&key.0).is_some_and(|prepared| Rc::ptr_eq(prepared, &demand.prepared))
+        };
+        let changed: Vec<_> =
+            self.ahead.demands.extract_if(|key, demand| !same(key, demand)).collect();
+        for (_, demand) in changed {
+            demand.jails.iter().for_each(|jail| self.retire(jail.serial));
+        }
+    }
+
+    /// All that wait are ended: the launcher ends.
+    pub(super) fn give_up_ahead(&mut self) {
+        self.renew_ahead(&HashMap::new());
+    }
+
+    fn retire_all(&mut self, key: &(TemplateId, Mode)) {
+        let jails = self.ahead.demands.get_mut(key).map(|demand| std::mem::take(&mut demand.jails));
+        for jail in jails.into_iter().flatten() {
+            self.retire(jail.serial);
+        }
+    }
+
+    fn retire(&mut self, serial: u64) {
+        let now = Instant::now();
+        self.with_run(serial, |run| run.stop(StopCause::Cancelled, now));
+    }
+}
