@@ -1,0 +1,82 @@
+//! What is to be measured, and how often.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// One part of the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Section {
+    /// One caller, every contestant.
+    Latency,
+    /// Several callers at once, every contestant.
+    Throughput,
+}
+
+/// Measures jailed calls beside bare spawns and other sandboxes.
+#[derive(Debug, Parser)]
+pub struct Args {
+    /// What to measure; everything unless told
+    #[arg(value_enum)]
+    sections: Vec<Section>,
+    /// Where the compiled `ok` and `nap` are
+    #[arg(long, value_name = "DIR")]
+    pub programs: Option<PathBuf>,
+    /// The dispatcher to measure
+    #[arg(long, value_name = "FILE", default_value = env!("CARGO_BIN_EXE_dispatcher"))]
+    pub dispatcher: PathBuf,
+    /// The policy that calls go by
+    #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/policies/default.toml"))]
+    pub policy: PathBuf,
+    /// Only these contestants, by name; the bare spawn always takes part
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
+    /// The image that docker runs; without one docker doesn't take part
+    #[arg(long, value_name = "IMAGE")]
+    pub docker_image: Option<String>,
+    /// Rounds of latency; slow contestants take part in a tenth of them, docker in a hundredth
+    #[arg(long, default_value_t = 2000)]
+    pub rounds: usize,
+    /// Calls of throughput at each number of callers; the slow make a tenth, docker one each
+    #[arg(long, default_value_t = 10_000)]
+    pub calls: usize,
+    /// Very few rounds of everything: whether it works, not how fast
+    #[arg(long)]
+    quick: bool,
+    /// Write all figures there
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw the latencies there
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Given by `cargo bench`, and without meaning here
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Args {
+    /// As given on the command line, with `--quick` worked in.
+    pub fn read() -> Self {
+        let mut args = Self::parse();
+        if args.quick {
+            args.rounds = args.rounds.min(20);
+            args.calls = args.calls.min(200);
+        }
+        args
+    }
+
+    /// Whether this section is to be measured.
+    pub fn wants(&self, section: Section) -> bool {
+        self.sections.is_empty() || self.sections.contains(&section)
+    }
+
+    /// Whether this contestant is to take part.
+    pub fn invites(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
+
+    /// The path of a compiled program.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.as_deref().unwrap_or_else(|| ".".as_ref()).join(name)
+    }
+}

@@ -1,0 +1,133 @@
+//! One caller. Each round has one run of every contestant, so that whatever else the machine does
+//! meets all of them.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::{
+    Outcome,
+    args::Args,
+    client::{self, Phases, Sample},
+    contestant::{Contestant, DISPATCHER, Field, How, Pace, SPAWN, spawn},
+    report::{Goal, Report},
+    stats::{Summary, median_ms},
+};
+
+/// Rounds before those that count.
+const WARM_UP: usize = 20;
+
+/// Where a call's time goes: medians of each part, in milliseconds.
+#[derive(Debug, Serialize)]
+pub struct Breakdown {
+    pub queue_ms: f64,
+    pub setup_ms: f64,
+    pub wall_ms: f64,
+    pub rest_ms: f64,
+    pub total_ms: f64,
+}
+
+/// Measures, and enters what was found.
+pub fn measure(args: &Args, field: &Field, report: &mut Report) -> Outcome {
+    let mut runners = field.present.iter().map(Runner::new).collect::<Outcome<Vec<_>>>()?;
+    let warm_up = WARM_UP.min(args.rounds);
+    eprintln!("field: latency, {} rounds", args.rounds);
+    for round in 0..warm_up + args.rounds {
+        for index in order(round, runners.len()) {
+            let runner = &mut runners[index];
+            if round < warm_up && runner.contestant.pace == Pace::Quick {
+                runner.run()?;
+            } else if round >= warm_up && runner.takes_part(round - warm_up) {
+                let sample = runner.run()?;
+                runner.samples.push(sample);
+            }
+        }
+    }
+    for runner in &runners {
+        let totals: Vec<Duration> = runner.samples.iter().map(|sample| sample.total).collect();
+        report.row(runner.contestant.name).latency = Summary::of(&totals);
+        if runner.contestant.name == DISPATCHER {
+            report.breakdown = Some(breakdown(&runner.samples));
+        }
+    }
+    goals(report);
+    Ok(())
+}
+
+/// Everybody's turn moves on, and every second round goes backwards: so nobody always follows the
+/// same one, whose clearing up he would pay for.
+fn order(round: usize, count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).map(|place| (place + round / 2) % count).collect();
+    if round % 2 == 1 {
+        order.reverse();
+    }
+    order
+}
+
+/// A contestant with all it needs for its next run.
+struct Runner<'a> {
+    contestant: &'a Contestant,
+    served: Option<(tokio::runtime::Runtime, client::Client)>,
+    samples: Vec<Sample>,
+}
+
+impl<'a> Runner<'a> {
+    fn new(contestant: &'a Contestant) -> Outcome<Self> {
+        let served = match &contestant.how {
+            How::Spawn(_) => None,
+            How::Serve { address, .. } => {
+                // A caller of one thread, as small as a client can be.
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                let client = runtime.block_on(client::connect(address))?;
+                Some((runtime, client))
+            }
+        };
+        Ok(Self { contestant, served, samples: vec![] })
+    }
+
+    fn takes_part(&self, round: usize) -> bool {
+        round.is_multiple_of(match self.contestant.pace {
+            Pace::Quick => 1,
+            Pace::Slow => 10,
+            Pace::Docker => 100,
+        })
+    }
+
+    fn run(&mut self) -> Outcome<Sample> {
+        match (&self.contestant.how, &mut self.served) {
+            (How::Serve { request, .. }, Some((runtime, client))) => {
+                let request = (**request).clone();
+                runtime.block_on(client::serve(client, request))
+            }
+            (How::Spawn(command), _) => spawn(&**command),
+            (How::Serve { .. }, None) => Err("a server's contestant without a client".into()),
+        }
+    }
+}
+
+fn breakdown(samples: &[Sample]) -> Breakdown {
+    let median = |part: fn(&Phases) -> Duration| {
+        median_ms(samples.iter().filter_map(|sample| sample.phases.as_ref()).map(part))
+    };
+    Breakdown {
+        queue_ms: median(|phases| phases.queue),
+        setup_ms: median(|phases| phases.setup),
+        wall_ms: median(|phases| phases.wall),
+        rest_ms: median(|phases| phases.rest),
+        total_ms: median_ms(samples.iter().map(|sample| sample.total)),
+    }
+}
+
+fn goals(report: &mut Report) {
+    let [spawn, ours] = [SPAWN, DISPATCHER].map(|name| report.row(name).latency.clone());
+    let (Some(spawn), Some(ours)) = (spawn, ours) else { return };
+    let ratio = ours.p50_ms / spawn.p50_ms;
+    report.goals.push(Goal::at_most("p50, one caller: times a bare spawn's", ratio, 2.0));
+    // Either of the two will do.
+    let (own, spawns) = (ours.p99_ms / ours.p50_ms, ours.p99_ms / spawn.p99_ms);
+    report.goals.push(if own > 4.0 && spawns <= 2.0 {
+        Goal::at_most("p99, one caller: times a bare spawn's p99", spawns, 2.0)
+    } else {
+        Goal::at_most("p99, one caller: times its own p50", own, 4.0)
+    });
+}

@@ -1,0 +1,71 @@
+//! The whole, measured: a jailed call by gRPC beside a bare spawn and beside other sandboxes, in one
+//! run with interleaved rounds. `scripts/bench` gets what this needs and starts it.
+
+mod args;
+mod client;
+mod contestant;
+mod latency;
+mod machine;
+mod report;
+mod rivals;
+mod server;
+mod stats;
+mod svg;
+mod throughput;
+
+use std::{error::Error, fs, process::ExitCode};
+
+use args::{Args, Section};
+use contestant::Field;
+use machine::Machine;
+use report::Report;
+
+/// What may go wrong is told and ends the run: nothing is measured by halves.
+type Outcome<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
+
+fn main() -> ExitCode {
+    let args = Args::read();
+    if args.programs.is_none() {
+        // Also how `cargo bench` and `cargo test --benches` come here.
+        println!("field: nothing to do without --programs; scripts/bench makes them and starts it");
+        return ExitCode::SUCCESS;
+    }
+    match measure(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("field: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(args: &Args) -> Outcome {
+    let mut report = Report::new(Machine::look(&args.dispatcher)?);
+    if args.wants(Section::Latency) || args.wants(Section::Throughput) {
+        side_by_side(args, &mut report)?;
+    }
+    report.machine.look_again()?;
+    print!("{}", report.table());
+    if let Some(path) = &args.json {
+        fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
+    }
+    if let Some(path) = &args.svg {
+        fs::write(path, svg::picture(&report))?;
+    }
+    Ok(())
+}
+
+/// The sections in which the contestants meet, all at one server.
+fn side_by_side(args: &Args, report: &mut Report) -> Outcome {
+    let server = server::Server::start(args, &[])?;
+    let field = Field::gather(args, &server)?;
+    report.enter(&field);
+    if args.wants(Section::Latency) {
+        latency::measure(args, &field, report)?;
+    }
+    if args.wants(Section::Throughput) {
+        throughput::measure(args, &field, report)?;
+    }
+    drop(field);
+    server.stop()
+}

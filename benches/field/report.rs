@@ -1,0 +1,157 @@
+//! What was found: for people, and as JSON.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use serde::Serialize;
+
+use crate::{
+    contestant::{Field, SPAWN},
+    latency::Breakdown,
+    machine::Machine,
+    stats::Summary,
+    throughput::CALLERS,
+};
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub machine: Machine,
+    pub contestants: Vec<Row>,
+    /// Who could not take part, and why.
+    pub absent: BTreeMap<String, String>,
+    pub breakdown: Option<Breakdown>,
+    pub goals: Vec<Goal>,
+}
+
+/// One contestant's figures.
+#[derive(Debug, Default, Serialize)]
+pub struct Row {
+    pub name: String,
+    pub leaves_out: String,
+    pub latency: Option<Summary>,
+    /// By number of callers.
+    pub runs_per_s: BTreeMap<usize, f64>,
+}
+
+impl Row {
+    /// Runs per second with so many callers, where that was measured.
+    pub fn rate(&self, callers: usize) -> Option<f64> {
+        self.runs_per_s.get(&callers).copied()
+    }
+}
+
+/// A goal, and whether it is met.
+#[derive(Debug, Serialize)]
+pub struct Goal {
+    pub what: String,
+    pub found: f64,
+    pub wanted: String,
+    pub met: bool,
+}
+
+impl Goal {
+    /// Met up to `limit`.
+    pub fn at_most(what: &str, found: f64, limit: f64) -> Self {
+        Self { what: what.into(), found, wanted: format!("≤ {limit}"), met: found <= limit }
+    }
+
+    /// Met from `limit` on.
+    pub fn at_least(what: &str, found: f64, limit: f64) -> Self {
+        Self { what: what.into(), found, wanted: format!("≥ {limit}"), met: found >= limit }
+    }
+}
+
+impl Report {
+    /// Without any figure yet.
+    pub fn new(machine: Machine) -> Self {
+        let (contestants, absent, goals) = Default::default();
+        Self { machine, contestants, absent, breakdown: None, goals }
+    }
+
+    /// Everybody who takes part, and who doesn't.
+    pub fn enter(&mut self, field: &Field) {
+        for one in &field.present {
+            self.row(one.name).leaves_out = one.leaves_out.into();
+        }
+        let absent = field.absent.iter().map(|one| (one.name.to_owned(), one.why.clone()));
+        self.absent.extend(absent);
+    }
+
+    /// A contestant's row, made where there is none.
+    pub fn row(&mut self, name: &str) -> &mut Row {
+        let place = self.contestants.iter().position(|row| row.name == name);
+        let place = place.unwrap_or_else(|| {
+            self.contestants.push(Row { name: name.into(), ..Row::default() });
+            self.contestants.len() - 1
+        });
+        &mut self.contestants[place]
+    }
+
+    /// As it is shown.
+    pub fn table(&self) -> String {
+        let mut text = self.machine_line();
+        text.push_str(&self.contestants_table());
+        for (name, why) in &self.absent {
+            let _ = writeln!(text, "{name:<12} not measured: {why}");
+        }
+        if let Some(breakdown) = &self.breakdown {
+            let Breakdown { queue_ms, setup_ms, wall_ms, rest_ms, total_ms } = breakdown;
+            let _ = writeln!(
+                text,
+                "\nof a call, medians in ms: queue {queue_ms:.3}, setup {setup_ms:.3}, \
+                 program {wall_ms:.3}, the rest {rest_ms:.3}; all {total_ms:.3}"
+            );
+        }
+        text.push_str(&self.goals_table());
+        text
+    }
+
+    fn machine_line(&self) -> String {
+        let Machine { cpu, cores, memory_mib, kernel, cgroups, date, version, .. } = &self.machine;
+        let (before, after) = (&self.machine.load_before, &self.machine.load_after);
+        format!(
+            "{cpu}, {cores} cores, {memory_mib} MiB, Linux {kernel}, cgroup {cgroups}\n\
+             {date}, {version}, load {before} before, {after} after\n"
+        )
+    }
+
+    fn contestants_table(&self) -> String {
+        if self.contestants.is_empty() {
+            return String::new();
+        }
+        let spawn = self.contestants.iter().find(|row| row.name == SPAWN);
+        let spawn = spawn.and_then(|row| row.latency.as_ref()).map(|latency| latency.p50_ms);
+        let mut text = format!("\n{:<12}{:>9}{:>9}{:>9}", "", "p50 ms", "p99 ms", "× spawn");
+        for callers in CALLERS {
+            let _ = write!(text, "{:>9}", format!("{callers}: /s"));
+        }
+        text.push_str("  leaves out\n");
+        for row in &self.contestants {
+            let latency = row.latency.as_ref();
+            let times = latency.zip(spawn).map(|(latency, spawn)| latency.p50_ms / spawn);
+            let _ = write!(text, "{:<12}", row.name);
+            text.push_str(&cell(latency.map(|latency| latency.p50_ms), 2));
+            text.push_str(&cell(latency.map(|latency| latency.p99_ms), 2));
+            text.push_str(&cell(times, 1));
+            for callers in CALLERS {
+                text.push_str(&cell(row.rate(callers), 0));
+            }
+            let _ = writeln!(text, "  {}", row.leaves_out);
+        }
+        text
+    }
+
+    fn goals_table(&self) -> String {
+        let mut text = String::from(if self.goals.is_empty() { "" } else { "\n" });
+        for goal in &self.goals {
+            let met = if goal.met { "met" } else { "MISSED" };
+            let Goal { what, found, wanted, .. } = goal;
+            let _ = writeln!(text, "{what:<48}{found:>9.2}  {wanted:<8} {met}");
+        }
+        text
+    }
+}
+
+fn cell(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| format!("{:>9}", "-"), |value| format!("{value:>9.digits$}"))
+}

@@ -1,0 +1,179 @@
+//! Other sandboxes, each with what comes closest to our default policy: all namespaces, a read-only
+//! root with nothing but the program, a /tmp of its own, no network, no capabilities, no new
+//! privileges, a filter of system calls, limits.
+
+mod crun;
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use dispatcher::jail::{
+    plan::Network,
+    seccomp::{
+        filter::{FilterOptions, compile},
+        profile::default_profile,
+    },
+};
+
+use crate::{
+    Outcome,
+    args::Args,
+    contestant::{Contestant, How, Pace},
+};
+
+/// Another sandbox.
+pub struct Rival {
+    pub name: &'static str,
+    leaves_out: &'static str,
+    pace: Pace,
+    /// Makes its files in a directory, and says how it is run.
+    pub enter: fn(&Args, &Path) -> Outcome<How>,
+}
+
+impl Rival {
+    /// With what its `enter` gave.
+    pub fn contestant(&self, how: How) -> Contestant {
+        let Self { name, leaves_out, pace, .. } = *self;
+        Contestant { name, leaves_out, pace, how }
+    }
+}
+
+/// All of them.
+pub const ALL: [Rival; 5] = [
+    Rival {
+        name: "bubblewrap",
+        leaves_out: "limits of memory, processor and processes; Landlock; why it ended; a service",
+        pace: Pace::Slow,
+        enter: bubblewrap,
+    },
+    Rival {
+        name: "crun",
+        leaves_out: "Landlock; time limits; why it ended; a service",
+        pace: Pace::Slow,
+        enter: crun::enter,
+    },
+    Rival {
+        name: "firejail",
+        leaves_out: "an empty root; a user namespace as root; limits of all processes together; \
+                     Landlock; why it ended; a service. Starts a shell",
+        pace: Pace::Slow,
+        enter: firejail,
+    },
+    Rival {
+        name: "hakoniwa",
+        leaves_out: "limits of all processes together; why it ended; a service",
+        pace: Pace::Slow,
+        enter: hakoniwa,
+    },
+    Rival {
+        name: "docker",
+        leaves_out: "a user namespace; Landlock; time limits; why it ended beyond out of memory",
+        pace: Pace::Docker,
+        enter: docker,
+    },
+];
+
+/// Memory of a run as our default policy has it.
+const MEMORY_BYTES: u64 = 512 << 20;
+/// Size of /tmp.
+const TMP_BYTES: u64 = 64 << 20;
+/// Processes, and files of one process.
+const PIDS: u64 = 256;
+/// Whom the program runs as.
+const NOBODY: u32 = 65534;
+
+fn bubblewrap(args: &Args, files: &Path) -> Outcome<How> {
+    let filter = files.join("filter.bpf");
+    fs::write(&filter, our_filter()?)?;
+    let program = args.program("ok");
+    Ok(How::Spawn(Box::new(move || {
+        let mut command = Command::new("bwrap");
+        command.args(["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]);
+        command.args(["--uid", &NOBODY.to_string(), "--gid", &NOBODY.to_string()]);
+        command.args(["--cap-drop", "ALL", "--clearenv", "--hostname", "jail"]);
+        command.arg("--ro-bind").arg(&program).arg("/ok");
+        command.args(["--proc", "/proc", "--dev", "/dev"]);
+        command.args(["--size", &TMP_BYTES.to_string(), "--tmpfs", "/tmp"]);
+        command.args(["--remount-ro", "/", "--chdir", "/", "--seccomp", "0", "--", "/ok"]);
+        command.stdin(Stdio::from(File::open(&filter)?));
+        Ok(command)
+    })))
+}
+
+/// Our own default filter, as the kernel takes it. There is no launcher to ask, so it answers itself.
+fn our_filter() -> Outcome<Vec<u8>> {
+    let options = FilterOptions {
+        network: Network::None,
+        refuse_exec_memfd: false,
+        refuse_set_id: false,
+        exec_fd: -1,
+        control_fd: -1,
+        notify: false,
+    };
+    let program = compile(&default_profile(), &options)?;
+    let bytes = program.iter().flat_map(|one| {
+        let [code_low, code_high] = one.code.to_ne_bytes();
+        let [k0, k1, k2, k3] = one.k.to_ne_bytes();
+        [code_low, code_high, one.jt, one.jf, k0, k1, k2, k3]
+    });
+    Ok(bytes.collect())
+}
+
+/// It can't show a root without the host's files; what it can take away is taken away.
+fn firejail(args: &Args, files: &Path) -> Outcome<How> {
+    // The one place that surely isn't hidden by the other options.
+    let home = files.join("home");
+    fs::create_dir(&home)?;
+    fs::copy(args.program("ok"), home.join("ok"))?;
+    let program = Path::new(&std::env::var("HOME")?).join("ok");
+    let root = nix::unistd::geteuid().is_root();
+    Ok(How::Spawn(Box::new(move || {
+        let mut command = Command::new("firejail");
+        command.args([
+            "--quiet",
+            "--noprofile",
+            "--net=none",
+            "--ipc-namespace",
+            "--hostname=jail",
+        ]);
+        command.args(["--caps.drop=all", "--nonewprivs", "--nogroups", "--seccomp"]);
+        command.arg(format!("--private={}", home.display()));
+        command.args(["--private-dev", "--read-only=/", "--tmpfs=/tmp"]);
+        command.arg(format!("--rlimit-as={MEMORY_BYTES}"));
+        command.arg(format!("--rlimit-nproc={PIDS}")).arg(format!("--rlimit-nofile={PIDS}"));
+        if !root {
+            command.arg("--noroot");
+        }
+        command.arg("--").arg(&program);
+        Ok(command)
+    })))
+}
+
+fn hakoniwa(args: &Args, _files: &Path) -> Outcome<How> {
+    let program = args.program("ok");
+    Ok(How::Spawn(Box::new(move || {
+        let mut command = Command::new("hakoniwa");
+        command.arg("run").arg(&program);
+        Ok(command)
+    })))
+}
+
+fn docker(args: &Args, _files: &Path) -> Outcome<How> {
+    let image = args.docker_image.clone().ok_or("no --docker-image")?;
+    Ok(How::Spawn(Box::new(move || {
+        let mut command = Command::new("docker");
+        command.args(["run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL"]);
+        command.args(["--security-opt=no-new-privileges", "--log-driver=none"]);
+        command.arg(format!("--tmpfs=/tmp:noexec,size={TMP_BYTES}"));
+        command
+            .arg(format!("--memory={MEMORY_BYTES}"))
+            .arg(format!("--memory-swap={MEMORY_BYTES}"));
+        command.arg(format!("--pids-limit={PIDS}")).arg("--cpus=1");
+        command.arg(format!("--ulimit=nofile={PIDS}")).arg(format!("--user={NOBODY}:{NOBODY}"));
+        command.args([image.as_str(), "/ok"]);
+        Ok(command)
+    })))
+}
