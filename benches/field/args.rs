@@ -7,10 +7,16 @@ use clap::{Parser, ValueEnum};
 /// One part of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Section {
-    /// One caller, every contestant.
+    /// One caller, every contestant
     Latency,
-    /// Several callers at once, every contestant.
+    /// Several callers at once, every contestant
     Throughput,
+    /// One caller of the dispatcher, while other jails sleep
+    Idle,
+    /// A binary of 64 MiB with each call
+    Large,
+    /// Many jails at once
+    Alive,
 }
 
 /// Measures jailed calls beside bare spawns and other sandboxes.
@@ -40,6 +46,15 @@ pub struct Args {
     /// Calls of throughput at each number of callers; the slow make a tenth, docker one each
     #[arg(long, default_value_t = 10_000)]
     pub calls: usize,
+    /// Jails asleep in `idle`
+    #[arg(long, default_value_t = 200)]
+    pub sleepers: usize,
+    /// Jails of `alive`
+    #[arg(long, default_value_t = 1000)]
+    pub alive: usize,
+    /// Rounds of `large`
+    #[arg(long, default_value_t = 10)]
+    pub large_rounds: usize,
     /// Very few rounds of everything: whether it works, not how fast
     #[arg(long)]
     quick: bool,
@@ -49,6 +64,9 @@ pub struct Args {
     /// Draw the latencies there
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// Be the server that does nothing, of `large`
+    #[arg(long, hide = true)]
+    pub bare_server: bool,
     /// Given by `cargo bench`, and without meaning here
     #[arg(long, hide = true)]
     bench: bool,
@@ -61,6 +79,9 @@ impl Args {
         if args.quick {
             args.rounds = args.rounds.min(20);
             args.calls = args.calls.min(200);
+            args.sleepers = args.sleepers.min(20);
+            args.alive = args.alive.min(50);
+            args.large_rounds = args.large_rounds.min(2);
         }
         args
     }

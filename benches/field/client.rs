@@ -46,13 +46,18 @@ pub fn request(namespace: &str, what: ServiceDef) -> ServeRequest {
     }
 }
 
+/// A call that brings its program along.
+pub fn inline(namespace: &str, program: &Path) -> Outcome<ServeRequest> {
+    Ok(request(namespace, ServiceDef::ServiceBinary(fs::read(program)?.into())))
+}
+
 /// Gives the server a program, by a call that brings it along, and names it from then on.
 pub async fn hand_over(address: &str, namespace: &str, program: &Path) -> Outcome<ServeRequest> {
     let bytes = Bytes::from(fs::read(program)?);
     let digest = Digest::of(&bytes);
     let inline = request(namespace, ServiceDef::ServiceBinary(bytes));
     serve(&mut connect(address).await?, inline).await?;
-    Ok(request(namespace, ServiceDef::ServiceUri(digest.to_string().into())))
+    Ok(request(namespace, ServiceDef::ServiceUri(digest.to_string())))
 }
 
 /// One call of the program that says ok; anything else is an error.

@@ -11,7 +11,7 @@ use crate::{
     Outcome,
     args::Args,
     client::{self, Sample, WORDS},
-    rivals,
+    rivals::{self, hybrid},
     server::Server,
 };
 
@@ -58,14 +58,16 @@ pub struct Absent {
 pub struct Field {
     pub present: Vec<Contestant>,
     pub absent: Vec<Absent>,
-    /// Files that they need while they run.
+    /// What they need while they run.
     _files: tempfile::TempDir,
+    _hidden: Option<hybrid::Hidden>,
 }
 
 impl Field {
     /// Everybody who is invited; who can't come is named with the reason.
     pub fn gather(args: &Args, server: &Server) -> Outcome<Self> {
         let files = tempfile::Builder::new().prefix("dispatcher-bench-").tempdir()?;
+        let hidden = hybrid::hide()?;
         let mut present = vec![bare(args), serving(args, server)?];
         let mut absent = vec![];
         for rival in rivals::ALL {
@@ -79,7 +81,7 @@ impl Field {
             }
         }
         present.retain(|one| one.name == SPAWN || args.invites(one.name));
-        Ok(Self { present, absent, _files: files })
+        Ok(Self { present, absent, _files: files, _hidden: hidden })
     }
 }
 

@@ -1,14 +1,19 @@
 //! The whole, measured: a jailed call by gRPC beside a bare spawn and beside other sandboxes, in one
 //! run with interleaved rounds. `scripts/bench` gets what this needs and starts it.
 
+mod alive;
 mod args;
+mod bare;
 mod client;
 mod contestant;
+mod idle;
+mod large;
 mod latency;
 mod machine;
 mod report;
 mod rivals;
 mod server;
+mod sleepers;
 mod stats;
 mod svg;
 mod throughput;
@@ -25,12 +30,19 @@ type Outcome<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
 
 fn main() -> ExitCode {
     let args = Args::read();
+    if args.bare_server {
+        return ended(bare::serve());
+    }
     if args.programs.is_none() {
         // Also how `cargo bench` and `cargo test --benches` come here.
         println!("field: nothing to do without --programs; scripts/bench makes them and starts it");
         return ExitCode::SUCCESS;
     }
-    match measure(&args) {
+    ended(measure(&args))
+}
+
+fn ended(outcome: Outcome) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("field: {error}");
@@ -43,6 +55,15 @@ fn measure(args: &Args) -> Outcome {
     let mut report = Report::new(Machine::look(&args.dispatcher)?);
     if args.wants(Section::Latency) || args.wants(Section::Throughput) {
         side_by_side(args, &mut report)?;
+    }
+    if args.wants(Section::Idle) {
+        idle::measure(args, &mut report)?;
+    }
+    if args.wants(Section::Large) {
+        large::measure(args, &mut report)?;
+    }
+    if args.wants(Section::Alive) {
+        alive::measure(args, &mut report)?;
     }
     report.machine.look_again()?;
     print!("{}", report.table());

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use serde::Serialize;
 
 use crate::{
+    alive::Alive,
     contestant::{Field, SPAWN},
+    idle::Idle,
+    large::Large,
     latency::Breakdown,
     machine::Machine,
     stats::Summary,
@@ -20,6 +23,9 @@ pub struct Report {
     /// Who could not take part, and why.
     pub absent: BTreeMap<String, String>,
     pub breakdown: Option<Breakdown>,
+    pub idle: Option<Idle>,
+    pub large: Option<Large>,
+    pub alive: Option<Alive>,
     pub goals: Vec<Goal>,
 }
 
@@ -64,8 +70,9 @@ impl Goal {
 impl Report {
     /// Without any figure yet.
     pub fn new(machine: Machine) -> Self {
-        let (contestants, absent, goals) = Default::default();
-        Self { machine, contestants, absent, breakdown: None, goals }
+        let (contestants, absent, breakdown, goals) = Default::default();
+        let (idle, large, alive) = Default::default();
+        Self { machine, contestants, absent, breakdown, idle, large, alive, goals }
     }
 
     /// Everybody who takes part, and who doesn't.
@@ -94,15 +101,47 @@ impl Report {
         for (name, why) in &self.absent {
             let _ = writeln!(text, "{name:<12} not measured: {why}");
         }
+        text.push('\n');
+        text.push_str(&self.sections());
+        text.push_str(&self.goals_table());
+        text
+    }
+
+    /// A line for each section that isn't a contest.
+    fn sections(&self) -> String {
+        let mut text = String::new();
         if let Some(breakdown) = &self.breakdown {
             let Breakdown { queue_ms, setup_ms, wall_ms, rest_ms, total_ms } = breakdown;
             let _ = writeln!(
                 text,
-                "\nof a call, medians in ms: queue {queue_ms:.3}, setup {setup_ms:.3}, \
+                "a call, medians in ms: queue {queue_ms:.3}, setup {setup_ms:.3}, \
                  program {wall_ms:.3}, the rest {rest_ms:.3}; all {total_ms:.3}"
             );
         }
-        text.push_str(&self.goals_table());
+        if let Some(Idle { sleepers, before, with_sleepers, after }) = &self.idle {
+            let [before, with, after] = [before, with_sleepers, after].map(|one| one.p50_ms);
+            let _ = writeln!(
+                text,
+                "idle jails, p50 in ms: none {before:.3}, {sleepers} {with:.3}, none again {after:.3}"
+            );
+        }
+        if let Some(Large { bytes, empty, same, new, server_peak_bytes }) = &self.large {
+            let [empty, same, new] = [empty, same, new].map(|one| one.p50_ms);
+            let [size, peak] = [*bytes as u64, *server_peak_bytes].map(|bytes| bytes >> 20);
+            let _ = writeln!(
+                text,
+                "{size} MiB inline, p50 in ms: empty call {empty:.1}, the same {same:.1}, \
+                 new each time {new:.1}; the server's memory at most {peak} MiB"
+            );
+        }
+        if let Some(alive) = &self.alive {
+            let Alive { jails, kib_per_jail, seconds_to_begin, seconds_to_end } = alive;
+            let _ = writeln!(
+                text,
+                "{jails} jails alive at once: {kib_per_jail:.0} KiB of the host each, \
+                 begun in {seconds_to_begin:.1} s, gone in {seconds_to_end:.1} s"
+            );
+        }
         text
     }
 

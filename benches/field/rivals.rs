@@ -3,11 +3,13 @@
 //! privileges, a filter of system calls, limits.
 
 mod crun;
+pub mod hybrid;
 
 use std::{
     fs::{self, File},
     path::Path,
     process::{Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use dispatcher::jail::{
@@ -64,7 +66,7 @@ pub const ALL: [Rival; 5] = [
     },
     Rival {
         name: "hakoniwa",
-        leaves_out: "limits of all processes together; why it ended; a service",
+        leaves_out: "host users of its own; dropping capabilities; why it ended; a service",
         pace: Pace::Slow,
         enter: hakoniwa,
     },
@@ -152,11 +154,34 @@ fn firejail(args: &Args, files: &Path) -> Outcome<How> {
     })))
 }
 
-fn hakoniwa(args: &Args, _files: &Path) -> Outcome<How> {
+/// Its root takes the directories of another one, an empty one here; runs at once can't share it.
+fn hakoniwa(args: &Args, files: &Path) -> Outcome<How> {
+    let (roots, empty) = (files.join("roots"), files.join("empty"));
+    fs::create_dir(&roots)?;
+    fs::create_dir(&empty)?;
     let program = args.program("ok");
+    let itself = nix::unistd::geteuid();
+    let runs = AtomicU64::new(0);
     Ok(How::Spawn(Box::new(move || {
+        let root = roots.join(runs.fetch_add(1, Relaxed).to_string());
+        fs::create_dir(&root)?;
         let mut command = Command::new("hakoniwa");
-        command.arg("run").arg(&program);
+        command.args(["run", "--unshare-all", "--hostname=jail"]);
+        command.arg(format!("--rootdir={}:ro", root.display()));
+        command.arg("--rootfs").arg(&empty);
+        command.arg(format!("--bindmount-ro={}:/ok", program.display()));
+        command.args(["--devfs=/dev", "--tmpfs=/tmp"]);
+        command.arg(format!("--uidmap={NOBODY}:{itself}:1"));
+        command.arg(format!("--gidmap={NOBODY}:{}:1", nix::unistd::getegid()));
+        command.args(["--landlock-restrict-all", "--landlock-fs-rx=/ok", "--landlock-fs-rw=/tmp"]);
+        if itself.is_root() {
+            command.arg(format!("--cgroup-memory={MEMORY_BYTES}")).arg("--cgroup-cpus=1");
+            command.arg(format!("--cgroup-memory-swap={MEMORY_BYTES}"));
+            command.arg(format!("--cgroup-pids-limit={PIDS}"));
+        }
+        command.args(["--limit-cpu=30", "--limit-walltime=30", "--limit-core=0"]);
+        command.arg(format!("--limit-nofile={PIDS}")).arg(format!("--limit-fsize={TMP_BYTES}"));
+        command.args(["--", "/ok"]);
         Ok(command)
     })))
 }

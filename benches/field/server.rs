@@ -55,6 +55,11 @@ impl Server {
         Ok(server)
     }
 
+    /// The pid of its first process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     fn listening(&mut self) -> Outcome<String> {
         let stdout = self.child.stdout.take().ok_or("no pipe from the dispatcher")?;
         let mut line = String::new();

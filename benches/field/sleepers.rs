@@ -1,0 +1,117 @@
+//! Jails in which nothing happens: begun, counted and cancelled.
+
+use std::{
+    collections::HashMap,
+    fs,
+    time::{Duration, Instant},
+};
+
+use tokio::task::JoinSet;
+
+use crate::{Outcome, args::Args, client, server::Server};
+
+/// Whose policy the sleepers go by.
+const NAMESPACE: &str = "sleepers";
+
+/// Little memory and much time; otherwise as every call.
+pub const POLICY: (&str, &str) = (
+    NAMESPACE,
+    "extends = \"default\"\n\
+     [limits]\ntimeout = \"1h\"\nmemory = \"16MiB\"\n\
+     [filesystem]\ntmp = \"1MiB\"\n",
+);
+
+/// What nap.c calls itself once it runs.
+const COMM: &str = "bench-nap";
+
+/// How long all of them may take to come and to go.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// So many calls share a connection; the server takes 256.
+const PER_CONNECTION: usize = 128;
+
+/// Calls under way that never end by themselves.
+pub struct Sleepers {
+    calls: JoinSet<Outcome>,
+    server: u32,
+}
+
+impl Sleepers {
+    /// Begins so many, and waits until each one's program runs.
+    pub async fn begin(args: &Args, server: &Server, count: usize) -> Outcome<Self> {
+        let mut sleepers = Self { calls: JoinSet::new(), server: server.pid() };
+        let nap = client::inline(NAMESPACE, &args.program("nap"))?;
+        let mut client = client::connect(&server.address).await?;
+        for index in 0..count {
+            if index % PER_CONNECTION == 0 {
+                client = client::connect(&server.address).await?;
+            }
+            let (mut client, nap) = (client.clone(), nap.clone());
+            sleepers.calls.spawn(async move {
+                let response = client.serve(nap).await?.into_inner();
+                let status = response.status.unwrap_or_default();
+                Err(format!("a sleeper ended: {:?} {}", status.code(), status.message).into())
+            });
+        }
+        sleepers.wait_for(count).await?;
+        Ok(sleepers)
+    }
+
+    /// Cancels all, and waits until none is left.
+    pub async fn end(mut self) -> Outcome {
+        self.calls.shutdown().await;
+        self.wait_for(0).await
+    }
+
+    async fn wait_for(&mut self, count: usize) -> Outcome {
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            if let Some(ended) = self.calls.try_join_next() {
+                ended??;
+            }
+            let found = descendants(self.server)?.iter().filter(|one| one.comm == COMM).count();
+            if found == count {
+                return Ok(());
+            }
+            if Instant::now() > give_up {
+                return Err(format!("{found} sleepers there, and not {count}").into());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// A process.
+pub struct Process {
+    pub pid: u32,
+    parent: u32,
+    pub comm: String,
+}
+
+/// All that descend from one.
+pub fn descendants(ancestor: u32) -> Outcome<Vec<Process>> {
+    let mut children: HashMap<u32, Vec<Process>> = HashMap::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // One may end while we look.
+        if let Some(process) = pid.and_then(process) {
+            children.entry(process.parent).or_default().push(process);
+        }
+    }
+    let mut found = children.remove(&ancestor).unwrap_or_default();
+    let mut next = 0;
+    while let Some(one) = found.get(next) {
+        let own = children.remove(&one.pid).unwrap_or_default();
+        found.extend(own);
+        next += 1;
+    }
+    Ok(found)
+}
+
+fn process(pid: u32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in parentheses, and may hold any of them itself.
+    let (name, rest) = (stat.find('(')?, stat.rfind(')')?);
+    let parent = stat[rest + 2..].split(' ').nth(1)?.parse().ok()?;
+    Some(Process { pid, parent, comm: stat[name + 1..rest].to_owned() })
+}
