@@ -17,7 +17,10 @@ const BAR: f64 = 14.0;
 
 /// Draws what was measured of one caller.
 pub fn picture(report: &Report) -> String {
-    let rows: Vec<&Row> = report.contestants.iter().filter(|row| row.latency.is_some()).collect();
+    let mut rows: Vec<&Row> =
+        report.contestants.iter().filter(|row| row.latency.is_some()).collect();
+    let p50 = |row: &Row| row.latency.as_ref().map_or(0.0, |latency| latency.p50_ms);
+    rows.sort_by(|one, other| p50(one).total_cmp(&p50(other)));
     let scale = Scale::over(&rows);
     let bottom = TOP + LINE * rows.len() as f64;
     let height = bottom + 26.0;
