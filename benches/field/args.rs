@@ -73,9 +73,13 @@ pub struct Args {
 }
 
 impl Args {
-    /// As given on the command line, with `--quick` worked in.
+    /// As given on the command line, with `--quick` worked in, and paths that hold anywhere.
     pub fn read() -> Self {
         let mut args = Self::parse();
+        // What is started has a directory of its own.
+        for path in [&mut args.dispatcher].into_iter().chain(&mut args.programs) {
+            *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+        }
         if args.quick {
             args.rounds = args.rounds.min(20);
             args.calls = args.calls.min(200);

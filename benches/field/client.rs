@@ -46,18 +46,19 @@ pub fn request(namespace: &str, what: ServiceDef) -> ServeRequest {
     }
 }
 
-/// A call that brings its program along.
-pub fn inline(namespace: &str, program: &Path) -> Outcome<ServeRequest> {
-    Ok(request(namespace, ServiceDef::ServiceBinary(fs::read(program)?.into())))
+/// Two calls of a program: one that brings it along, and one that names it for who holds it.
+pub fn both(namespace: &str, program: &Path) -> Outcome<[ServeRequest; 2]> {
+    let bytes = Bytes::from(fs::read(program)?);
+    let digest = Digest::of(&bytes).to_string();
+    let kinds = [ServiceDef::ServiceBinary(bytes), ServiceDef::ServiceUri(digest)];
+    Ok(kinds.map(|kind| request(namespace, kind)))
 }
 
 /// Gives the server a program, by a call that brings it along, and names it from then on.
 pub async fn hand_over(address: &str, namespace: &str, program: &Path) -> Outcome<ServeRequest> {
-    let bytes = Bytes::from(fs::read(program)?);
-    let digest = Digest::of(&bytes);
-    let inline = request(namespace, ServiceDef::ServiceBinary(bytes));
+    let [inline, held] = both(namespace, program)?;
     serve(&mut connect(address).await?, inline).await?;
-    Ok(request(namespace, ServiceDef::ServiceUri(digest.to_string())))
+    Ok(held)
 }
 
 /// One call of the program that says ok; anything else is an error.

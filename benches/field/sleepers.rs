@@ -6,9 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dispatcher::wire::ServeRequest;
 use tokio::task::JoinSet;
 
-use crate::{Outcome, args::Args, client, server::Server};
+use crate::{
+    Outcome,
+    args::Args,
+    client::{self, Client},
+    server::Server,
+};
 
 /// Whose policy the sleepers go by.
 const NAMESPACE: &str = "sleepers";
@@ -40,18 +46,18 @@ impl Sleepers {
     /// Begins so many, and waits until each one's program runs.
     pub async fn begin(args: &Args, server: &Server, count: usize) -> Outcome<Self> {
         let mut sleepers = Self { calls: JoinSet::new(), server: server.pid() };
-        let nap = client::inline(NAMESPACE, &args.program("nap"))?;
+        let [inline, held] = client::both(NAMESPACE, &args.program("nap"))?;
         let mut client = client::connect(&server.address).await?;
         for index in 0..count {
             if index % PER_CONNECTION == 0 {
                 client = client::connect(&server.address).await?;
             }
-            let (mut client, nap) = (client.clone(), nap.clone());
-            sleepers.calls.spawn(async move {
-                let response = client.serve(nap).await?.into_inner();
-                let status = response.status.unwrap_or_default();
-                Err(format!("a sleeper ended: {:?} {}", status.code(), status.message).into())
-            });
+            // Once the first has brought the program along, no call's bytes are kept with it.
+            let request = if index == 0 { &inline } else { &held };
+            sleepers.calls.spawn(sleep(client.clone(), request.clone()));
+            if index == 0 {
+                sleepers.wait_for(1).await?;
+            }
         }
         sleepers.wait_for(count).await?;
         Ok(sleepers)
@@ -79,6 +85,13 @@ impl Sleepers {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// A call that is only over when something is wrong.
+async fn sleep(mut client: Client, request: ServeRequest) -> Outcome {
+    let response = client.serve(request).await?.into_inner();
+    let status = response.status.unwrap_or_default();
+    Err(format!("a sleeper ended: {:?} {}", status.code(), status.message).into())
 }
 
 /// A process.
