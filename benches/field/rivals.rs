@@ -59,7 +59,7 @@ pub const ALL: [Rival; 5] = [
     },
     Rival {
         name: "firejail",
-        leaves_out: "an empty root; a user namespace as root; limits of all processes together; \
+        leaves_out: "an empty root; a user namespace (root can't have one); limits of all processes together; \
                      Landlock; why it ended; a service. Starts a shell",
         pace: Pace::Slow,
         enter: firejail,
@@ -131,7 +131,6 @@ fn firejail(args: &Args, files: &Path) -> Outcome<How> {
     fs::create_dir(&home)?;
     fs::copy(args.program("ok"), home.join("ok"))?;
     let program = Path::new(&std::env::var("HOME")?).join("ok");
-    let root = nix::unistd::geteuid().is_root();
     Ok(How::Spawn(Box::new(move || {
         let mut command = Command::new("firejail");
         command.args([
@@ -146,9 +145,6 @@ fn firejail(args: &Args, files: &Path) -> Outcome<How> {
         command.args(["--private-dev", "--read-only=/", "--tmpfs=/tmp"]);
         command.arg(format!("--rlimit-as={MEMORY_BYTES}"));
         command.arg(format!("--rlimit-nproc={PIDS}")).arg(format!("--rlimit-nofile={PIDS}"));
-        if !root {
-            command.arg("--noroot");
-        }
         command.arg("--").arg(&program);
         Ok(command)
     })))
@@ -160,7 +156,6 @@ fn hakoniwa(args: &Args, files: &Path) -> Outcome<How> {
     fs::create_dir(&roots)?;
     fs::create_dir(&empty)?;
     let program = args.program("ok");
-    let itself = nix::unistd::geteuid();
     let runs = AtomicU64::new(0);
     Ok(How::Spawn(Box::new(move || {
         let root = roots.join(runs.fetch_add(1, Relaxed).to_string());
@@ -171,14 +166,11 @@ fn hakoniwa(args: &Args, files: &Path) -> Outcome<How> {
         command.arg("--rootfs").arg(&empty);
         command.arg(format!("--bindmount-ro={}:/ok", program.display()));
         command.args(["--devfs=/dev", "--tmpfs=/tmp"]);
-        command.arg(format!("--uidmap={NOBODY}:{itself}:1"));
-        command.arg(format!("--gidmap={NOBODY}:{}:1", nix::unistd::getegid()));
+        command.arg(format!("--uidmap={NOBODY}:0:1")).arg(format!("--gidmap={NOBODY}:0:1"));
         command.args(["--landlock-restrict-all", "--landlock-fs-rx=/ok", "--landlock-fs-rw=/tmp"]);
-        if itself.is_root() {
-            command.arg(format!("--cgroup-memory={MEMORY_BYTES}")).arg("--cgroup-cpus=1");
-            command.arg(format!("--cgroup-memory-swap={MEMORY_BYTES}"));
-            command.arg(format!("--cgroup-pids-limit={PIDS}"));
-        }
+        command.arg(format!("--cgroup-memory={MEMORY_BYTES}")).arg("--cgroup-cpus=1");
+        command.arg(format!("--cgroup-memory-swap={MEMORY_BYTES}"));
+        command.arg(format!("--cgroup-pids-limit={PIDS}"));
         command.args(["--limit-cpu=30", "--limit-walltime=30", "--limit-core=0"]);
         command.arg(format!("--limit-nofile={PIDS}")).arg(format!("--limit-fsize={TMP_BYTES}"));
         command.args(["--", "/ok"]);
