@@ -12,7 +12,7 @@ use super::{
     deadline,
     layers::{
         gate::Ticket,
-        receive::{Arrival, Received},
+        receive::{Arrival, Lifted, Received},
         under_way::AnswerMemory,
     },
     metrics::Metrics,
@@ -26,7 +26,7 @@ use crate::{
         stop::{StopHandle, StopSignal},
     },
     names::RunId,
-    wire::{self, collective_dispatcher_server::CollectiveDispatcher},
+    wire::{self, collective_dispatcher_server::CollectiveDispatcher, serve_request::ServiceDef},
 };
 
 /// Bytes of each of a caller's names that the audit record is made from.
@@ -76,7 +76,11 @@ impl CollectiveDispatcher for Handler {
         let dispatcher = Arc::clone(&self.dispatcher);
         let executor_id = self.executor_id.clone();
         let metrics = self.metrics.clone();
-        let request = request.into_inner();
+        let lifted = request.extensions().get::<Lifted>().cloned();
+        let mut request = request.into_inner();
+        if let Some(Lifted(binary)) = lifted {
+            request.service_def = Some(ServiceDef::ServiceBinary(binary));
+        }
         let task = tokio::spawn(async move {
             let (message, summary, record) =
                 answer(&dispatcher, request, context, record, &executor_id).await;

@@ -7,19 +7,19 @@
 //! for room: what does not fit is refused, so calls can't block each other.
 
 use std::{
-    collections::VecDeque,
-    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
-use http_body_util::BodyExt as _;
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http_body_util::{BodyExt as _, Full};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, body::Body};
 
-use super::{Answer, Inner, Pass, Request, error, is_ours, is_serve, scan::light_bytes};
+use super::{
+    Answer, Inner, Pass, Request, error, is_ours, is_serve,
+    scan::{Found, light_bytes, only_binary},
+};
 use crate::admission::bytes::{ByteBudget, Reservation};
 
 /// How long a message may make no progress.
@@ -27,9 +27,6 @@ pub const STALL_MAX: Duration = Duration::from_secs(30);
 
 /// Bytes per second that a message must arrive with, after [`STALL_MAX`].
 const RATE_MIN: u64 = 16 << 10;
-
-/// Frames smaller than this are copied together, lest each keep a buffer alive.
-const FRAME_SMALL: usize = 4 << 10;
 
 /// Bytes of a Serve message besides executable and input; also of the other
 /// methods' messages. They decode to a multiple of their size.
@@ -90,10 +87,15 @@ impl Pass for Receive {
             let limit = if serve { limit() } else { LIGHT_MAX };
             let (mut parts, body) = request.into_parts();
             match receive(body, budget.reserve(), limit, serve).await {
-                Ok((message, reservation)) => {
+                Ok((mut message, reservation)) => {
                     let reservation = Arc::new(Mutex::new(Some(reservation)));
                     parts.extensions.insert(Received(reservation));
-                    inner.call(Request::from_parts(parts, Body::new(message))).await
+                    if serve && let Some((left, binary)) = lift(&message) {
+                        message = left;
+                        parts.extensions.insert(Lifted(binary));
+                    }
+                    let body = Body::new(Full::new(message));
+                    inner.call(Request::from_parts(parts, body)).await
                 }
                 Err(status) => Ok(status.into_http()),
             }
@@ -106,11 +108,11 @@ async fn receive(
     mut reservation: Reservation,
     limit: u64,
     serve: bool,
-) -> Result<(Message, Reservation), Status> {
+) -> Result<(Bytes, Reservation), Status> {
     let begun = Instant::now();
     let mut message = Message::default();
     loop {
-        let earned = Duration::from_secs(message.length / RATE_MIN);
+        let earned = Duration::from_secs(message.len() / RATE_MIN);
         let give_up = (Instant::now() + STALL_MAX).min(begun + STALL_MAX + earned);
         let frame = match timeout_at(give_up, body.frame()).await {
             Err(_) => return Err(stalled()),
@@ -121,14 +123,14 @@ async fn receive(
         if !reservation.grow(data.len() as u64) {
             return Err(over_budget());
         }
-        message.push(data);
+        message.0.extend_from_slice(&data);
         let announced = message.announced().unwrap_or(0);
-        if announced.max(message.length.saturating_sub(PREFIX as u64)) > limit {
+        if announced.max(message.len().saturating_sub(PREFIX as u64)) > limit {
             return Err(too_large(announced, limit));
         }
     }
-    message.flush();
-    if serve && message.light() > LIGHT_MAX {
+    let message = message.0.freeze();
+    if serve && light_bytes(message.slice(PREFIX.min(message.len())..)) > LIGHT_MAX {
         return Err(too_heavy());
     }
     Ok((message, reservation))
@@ -154,93 +156,46 @@ fn stalled() -> Status {
     error(Code::DeadlineExceeded, "stalled", "the request stopped arriving", None)
 }
 
-/// A message as it came, in pieces.
+/// A message as it comes. Memory is taken for what has arrived, in one piece: it is
+/// not copied again.
 #[derive(Debug, Default)]
-struct Message {
-    pieces: VecDeque<Bytes>,
-    /// Small frames, to become one piece.
-    small: BytesMut,
-    prefix: [u8; PREFIX],
-    length: u64,
-}
+struct Message(BytesMut);
 
 impl Message {
-    fn push(&mut self, data: Bytes) {
-        let seen = usize::try_from(self.length).unwrap_or(PREFIX).min(PREFIX);
-        for (place, byte) in self.prefix[seen..].iter_mut().zip(&data) {
-            *place = *byte;
-        }
-        self.length += data.len() as u64;
-        if data.len() < FRAME_SMALL {
-            self.small.extend_from_slice(&data);
-        } else {
-            self.flush();
-            self.pieces.push_back(data);
-        }
-    }
-
-    fn flush(&mut self) {
-        if !self.small.is_empty() {
-            self.pieces.push_back(self.small.split().freeze());
-        }
-    }
-
     /// The length that the prefix announces, once it is there.
     fn announced(&self) -> Option<u64> {
-        let [_, a, b, c, d] = self.prefix;
-        (self.length >= PREFIX as u64).then(|| u64::from(u32::from_be_bytes([a, b, c, d])))
+        let (prefix, _) = self.0.split_first_chunk::<PREFIX>()?;
+        let [_, a, b, c, d] = *prefix;
+        Some(u64::from(u32::from_be_bytes([a, b, c, d])))
     }
 
-    fn light(&self) -> u64 {
-        let mut pieces = Pieces { pieces: self.pieces.clone(), length: self.length };
-        pieces.advance(PREFIX.min(pieces.remaining()));
-        light_bytes(pieces)
-    }
-}
-
-impl http_body::Body for Message {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-        Poll::Ready(self.pieces.pop_front().map(|piece| Ok(http_body::Frame::data(piece))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.pieces.is_empty()
+    fn len(&self) -> u64 {
+        self.0.len() as u64
     }
 }
 
-/// Pieces read as one buffer.
-struct Pieces {
-    pieces: VecDeque<Bytes>,
-    length: u64,
-}
+/// What of a request is decoded here already.
+#[derive(Clone, Debug)]
+pub struct Lifted(pub Bytes);
 
-impl Buf for Pieces {
-    fn remaining(&self) -> usize {
-        usize::try_from(self.length).unwrap_or(usize::MAX)
+/// Takes the executable out of a Serve message, so that the decoder need not copy
+/// it: what is left to decode, and the executable. `None` where the message is not
+/// just one, uncompressed, with one executable; the decoder sees to those in whole.
+fn lift(message: &Bytes) -> Option<(Bytes, Bytes)> {
+    let (prefix, _) = message.split_first_chunk::<PREFIX>()?;
+    let content = message.slice(PREFIX..);
+    let announced = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
+    if prefix[0] != 0 || content.len() != usize::try_from(announced).ok()? {
+        return None;
     }
-
-    fn chunk(&self) -> &[u8] {
-        self.pieces.front().map_or(&[], |piece| &piece[..])
-    }
-
-    fn advance(&mut self, mut count: usize) {
-        self.length -= count as u64;
-        while count > 0 {
-            let Some(first) = self.pieces.front_mut() else { return };
-            let step = count.min(first.len());
-            first.advance(step);
-            count -= step;
-            if first.is_empty() {
-                self.pieces.pop_front();
-            }
-        }
-    }
+    let Found { field, binary } = only_binary(content.clone())?;
+    let rest = content.len() - field.len();
+    let mut left = BytesMut::with_capacity(PREFIX + rest);
+    left.put_u8(0);
+    left.put_u32(u32::try_from(rest).ok()?);
+    left.extend_from_slice(&content[..field.start]);
+    left.extend_from_slice(&content[field.end..]);
+    Some((left.freeze(), content.slice(binary)))
 }
 
 #[cfg(test)]
@@ -287,10 +242,73 @@ mod tests {
             let (received, ()) = tokio::join!(receive(body, budget.reserve(), 1 << 20, true), feed);
             let (received, reservation) = received.unwrap();
             assert_eq!(budget.used(), whole.len() as u64);
-            let back = Body::new(received).collect().await.unwrap().to_bytes();
-            assert_eq!(back, whole);
+            assert_eq!(received, whole);
             drop(reservation);
             assert_eq!(budget.used(), 0);
+        }
+    }
+
+    /// Whatever is sent, what is decoded of the two parts is what the whole decodes to.
+    fn check_lifted(content: Vec<u8>) -> bool {
+        use crate::wire::{ServeRequest, serve_request::ServiceDef};
+        use prost::Message as _;
+        let mut whole = BytesMut::new();
+        whole.put_u8(0);
+        whole.put_u32(u32::try_from(content.len()).unwrap());
+        whole.extend_from_slice(&content);
+        let Some((left, binary)) = lift(&whole.freeze()) else { return false };
+        assert_eq!(left[1..PREFIX], u32::try_from(left.len() - PREFIX).unwrap().to_be_bytes());
+        let expected = ServeRequest::decode(&content[..]);
+        let decoded = ServeRequest::decode(left.slice(PREFIX..)).map(|request| ServeRequest {
+            service_def: Some(ServiceDef::ServiceBinary(binary)),
+            ..request
+        });
+        assert_eq!(decoded.ok(), expected.ok());
+        true
+    }
+
+    #[test]
+    fn an_executable_is_lifted_out() {
+        use crate::wire::{ServeRequest, serve_request::ServiceDef};
+        use prost::Message as _;
+        let with = |binary: &'static [u8]| ServeRequest {
+            namespace: "n".into(),
+            method_name: "m".into(),
+            options: Some(crate::wire::ExecutionOptions {
+                args: vec!["a".into()],
+                ..Default::default()
+            }),
+            service_def: Some(ServiceDef::ServiceBinary(binary.into())),
+            ..ServeRequest::default()
+        };
+        assert!(check_lifted(with(b"program").encode_to_vec()));
+        assert!(check_lifted(with(b"").encode_to_vec()));
+        // Two of them: the last one counts, and the decoder knows.
+        let twice = [with(b"one").encode_to_vec(), with(b"two").encode_to_vec()].concat();
+        assert!(!check_lifted(twice));
+        let uri = ServeRequest {
+            service_def: Some(ServiceDef::ServiceUri("sha256:0".into())),
+            ..ServeRequest::default()
+        };
+        assert!(!check_lifted(uri.encode_to_vec()));
+        assert!(!check_lifted([with(b"one").encode_to_vec(), uri.encode_to_vec()].concat()));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_comes_is_decoded_as_a_whole_would_be(
+            fields in proptest::collection::vec(
+                (0_u8..8, 0_u8..6, proptest::collection::vec(proptest::num::u8::ANY, 0..6)), 0..6),
+        ) {
+            let mut content = Vec::new();
+            for (number, kind, bytes) in fields {
+                content.push(number << 3 | kind);
+                if kind == 2 {
+                    content.push(bytes.len() as u8);
+                }
+                content.extend(bytes);
+            }
+            check_lifted(content);
         }
     }
 

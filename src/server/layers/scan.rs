@@ -3,7 +3,9 @@
 //! Bytes of the executable and of the input decode to as many bytes; a list or
 //! a map decodes to many times its size. So those are added up first.
 
-use bytes::Buf;
+use std::ops::Range;
+
+use bytes::{Buf, Bytes};
 
 /// Counts the bytes of a serialized ServeRequest that are not in its large
 /// fields: `input` (4), `service_binary` (6) and `options.input_bytes` (100.8).
@@ -33,7 +35,39 @@ pub(super) fn light_bytes(mut message: impl Buf) -> u64 {
     light
 }
 
-fn light_options(mut options: bytes::Bytes) -> u64 {
+/// Where a serialized ServeRequest has its executable.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// The field with its key and length.
+    pub(super) field: Range<usize>,
+    /// Its content.
+    pub(super) binary: Range<usize>,
+}
+
+/// The one `service_binary` (6) of a message that has no `service_uri` (7), which
+/// would take its place. `None` where there is none, or where anything is malformed.
+pub(super) fn only_binary(mut message: Bytes) -> Option<Found> {
+    let whole = message.len();
+    let mut found = None;
+    while message.has_remaining() {
+        let start = whole - message.remaining();
+        let is_bytes = message[0] & 7 == 2;
+        let (field, length) = next(&mut message)?;
+        let content = whole - message.remaining();
+        message.advance(length);
+        match field {
+            6 if is_bytes && found.is_none() => {
+                let end = content + length;
+                found = Some(Found { field: start..end, binary: content..end });
+            }
+            6 | 7 => return None,
+            _ => {}
+        }
+    }
+    found
+}
+
+fn light_options(mut options: Bytes) -> u64 {
     let mut light = 0;
     while options.has_remaining() {
         let before = options.remaining();
