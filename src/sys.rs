@@ -322,11 +322,16 @@ pub fn block_all_signals() -> io::Result<()> {
     set_signal_mask(true)
 }
 
-/// Every signal back to its default, none blocked: what exec should start from.
+/// No signal is blocked any more.
 ///
 /// # Errors
 /// Those of sigprocmask(2).
-pub fn default_signals() -> io::Result<()> {
+pub fn unblock_signals() -> io::Result<()> {
+    set_signal_mask(false)
+}
+
+/// Every signal back to its default: what exec should start from.
+pub fn default_signals() {
     // The kernel's own `struct sigaction`: SIG_DFL, no flags, no mask. Not the
     // C library's call: that one hides the two signals it keeps for itself.
     let default = [0_u64; 4];
@@ -343,7 +348,6 @@ pub fn default_signals() -> io::Result<()> {
             )
         };
     }
-    set_signal_mask(false)
 }
 
 fn set_signal_mask(all: bool) -> io::Result<()> {

@@ -29,6 +29,10 @@ pub struct Blueprint {
     pub network: Option<i32>,
     /// Namespaces entered after the root is built, while it still takes privilege.
     pub inner_namespaces: UnshareFlags,
+    /// A mapped user namespace to enter then, where it isn't one of these.
+    pub user_namespace: Option<i32>,
+    /// The `tasks` of those cgroups that clone3 didn't put init into.
+    pub cgroups: Vec<i32>,
     /// Whether init asks for its maps right after the clone (an unprivileged
     /// launcher: the user namespace comes first) instead of after `inner_namespaces`.
     pub maps_first: bool,

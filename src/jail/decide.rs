@@ -6,6 +6,8 @@ use std::{
     rc::Rc,
 };
 
+use rustix::thread::UnshareFlags;
+
 use super::{
     blueprint::{Blueprint, Exec, Filter, INSIDE_ID, INSIDE_INIT_ID},
     facts::Facts,
@@ -57,6 +59,17 @@ impl Script<'_> {
     }
 }
 
+/// What init is lent of the launcher's, open until it has been cloned.
+#[derive(Debug)]
+pub struct Lent<'a> {
+    /// An empty network namespace, where [`Prepared::takes_empty_network`].
+    pub network: Option<BorrowedFd<'a>>,
+    /// A user namespace for its ids, where [`Prepared::takes_user_namespace`].
+    pub user_namespace: Option<BorrowedFd<'a>>,
+    /// See [`Blueprint::cgroups`].
+    pub cgroups: Vec<BorrowedFd<'a>>,
+}
+
 /// A decided jail.
 #[derive(Debug)]
 pub struct Decided {
@@ -101,9 +114,14 @@ impl Prepared {
         none && facts.root && self.template.keep_capabilities.is_empty()
     }
 
+    /// Whether its runs in this mode enter a user namespace of the id pool's.
+    #[must_use]
+    pub fn takes_user_namespace(&self, mode: Mode, facts: &Facts) -> bool {
+        mode == Mode::Jail && facts.root && self.template.keep_capabilities.is_empty()
+    }
+
     /// Decides one jail: what is lacking for it, what it is made of, which
-    /// controls that comes to, and what init is told. `network` is there where
-    /// [`Self::takes_empty_network`].
+    /// controls that comes to, and what init is told.
     ///
     /// # Errors
     /// [`Refusal::ControlUnavailable`] for what this host can't give.
@@ -111,34 +129,45 @@ impl Prepared {
         &self,
         purpose: &Purpose<'_>,
         ids: Option<HostIds>,
-        network: Option<BorrowedFd<'_>>,
+        lent: &Lent<'_>,
         facts: &Facts,
         fault: Fault,
     ) -> Result<Decided, Refusal> {
         let open_files = self.check_host(purpose.mode, facts)?;
         let mut makings = self.makings(purpose, ids, facts)?;
+        let mut keep = Vec::new();
+        let mut lend = |fd: &BorrowedFd<'_>| {
+            keep.push(fd.as_raw_fd());
+            fd.as_raw_fd()
+        };
+        let network = lent.network.as_ref().map(&mut lend);
         if network.is_some() {
             makings.namespaces.outer &= !(libc::CLONE_NEWNET as u64);
         }
+        let user_namespace = lent.user_namespace.as_ref().map(&mut lend);
+        if user_namespace.is_some() {
+            makings.namespaces.inner = UnshareFlags::empty();
+        }
+        let cgroups = lent.cgroups.iter().map(&mut lend).collect();
         let enforced = makings.controls(ids);
         let Makings { jail, namespaces, identities, root, .. } = makings;
         let (root, bind_namespaces) = match root {
             Some(DecidedRoot { plan, namespaces }) => (Some(plan), namespaces),
             None => (None, Vec::new()),
         };
-        let mut keep: Vec<RawFd> = bind_namespaces.iter().map(AsRawFd::as_raw_fd).collect();
+        keep.extend(bind_namespaces.iter().map(AsRawFd::as_raw_fd));
         let memfd_noexec = facts.memfd_noexec.as_ref().filter(|_| makings.memfd_noexec);
         let memfd_noexec = memfd_noexec.map(AsRawFd::as_raw_fd);
         keep.extend(memfd_noexec);
         keep.extend(purpose.script.as_ref().map(|script| script.executable.as_raw_fd()));
-        let network = network.map(|network| network.as_raw_fd());
-        keep.extend(network);
         let filter = Filter { instructions: Rc::clone(&self.filter), notify: facts.notify };
         let blueprint = Blueprint {
             mode: purpose.mode,
             network,
             outer_namespaces: namespaces.outer,
             inner_namespaces: namespaces.inner,
+            user_namespace,
+            cgroups,
             maps_first: !facts.root,
             clear_groups: facts.root,
             program_id: identities.program,

@@ -1,6 +1,6 @@
 //! Who a run is: host uids of its own, id maps, capabilities.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{collections::HashMap, fs, io, os::fd::OwnedFd};
 
 use rustix::{
     fs::{Gid, Uid},
@@ -28,12 +28,19 @@ pub struct HostIds {
 ///
 /// A pair goes back only when its run's cgroup was seen empty: a survivor
 /// would otherwise share the next run's uid.
+/// With a pair may come a user namespace that maps it, from the last run that had it:
+/// there is nothing in one that a run could change.
 #[derive(Debug)]
 pub struct IdPool {
     first: u32,
     size: usize,
     free: Vec<u32>,
+    /// By slot; of free ones only.
+    namespaces: HashMap<u32, OwnedFd>,
 }
+
+/// Most user namespaces that are kept.
+const NAMESPACES_MAX: usize = 64;
 
 impl IdPool {
     /// Over `range`, both ends included. Its last uid is the server's own.
@@ -41,7 +48,8 @@ impl IdPool {
     pub fn new((first, last): (u32, u32)) -> Self {
         let slots = last.saturating_sub(first) / 2;
         // Popped from the end: the lowest first.
-        Self { first, size: slots as usize, free: (0..slots).rev().collect() }
+        let free = (0..slots).rev().collect();
+        Self { first, size: slots as usize, free, namespaces: HashMap::new() }
     }
 
     /// How many pairs there are, in use or not.
@@ -57,8 +65,37 @@ impl IdPool {
         Some(HostIds { program, init: program + 1, slot })
     }
 
-    /// Gives a pair back.
-    pub fn give_back(&mut self, ids: HostIds) {
+    /// The user namespace of a pair that was drawn, with the maps of [`IdMap::Own`].
+    ///
+    /// # Errors
+    /// Those of clone(2) and of writing the maps.
+    pub fn namespace(&mut self, ids: HostIds) -> io::Result<OwnedFd> {
+        match self.namespaces.remove(&ids.slot) {
+            Some(namespace) => Ok(namespace),
+            None => make_namespace(|pid| write_maps(pid, IdMap::Own(ids))),
+        }
+    }
+
+    /// How many namespaces are kept.
+    #[must_use]
+    pub fn kept(&self) -> usize {
+        self.namespaces.len()
+    }
+
+    /// Keeps one less.
+    pub fn let_one_go(&mut self) {
+        if let Some(slot) = self.namespaces.keys().next().copied() {
+            self.namespaces.remove(&slot);
+        }
+    }
+
+    /// Gives a pair back, with its namespace if that may be used again.
+    pub fn give_back(&mut self, ids: HostIds, namespace: Option<OwnedFd>) {
+        if let Some(namespace) = namespace
+            && self.namespaces.len() < NAMESPACES_MAX
+        {
+            self.namespaces.insert(ids.slot, namespace);
+        }
         debug_assert!(!self.free.contains(&ids.slot), "given back twice");
         self.free.push(ids.slot);
     }
@@ -120,7 +157,15 @@ pub fn write_maps(pid: i32, map: IdMap) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of clone(2) and of writing the maps.
-pub fn idmap_namespace(owner: (u32, u32), program: u32) -> io::Result<OwnedFd> {
+pub fn idmap_namespace((uid, gid): (u32, u32), program: u32) -> io::Result<OwnedFd> {
+    make_namespace(|pid| {
+        fs::write(format!("/proc/{pid}/uid_map"), format!("{uid} {program} 1\n"))?;
+        fs::write(format!("/proc/{pid}/gid_map"), format!("{gid} {program} 1\n"))
+    })
+}
+
+/// A user namespace, by way of a child that is in it until `map` has mapped it.
+fn make_namespace(map: impl FnOnce(i32) -> io::Result<()>) -> io::Result<OwnedFd> {
     let (parent, child) = sys::seqpacket_pair()?;
     // SAFETY: the launcher has one thread, and the child only waits and exits.
     let cloned = unsafe { super::namespaces::clone(libc::CLONE_NEWUSER as u64, None) }?;
@@ -136,19 +181,13 @@ pub fn idmap_namespace(owner: (u32, u32), program: u32) -> io::Result<OwnedFd> {
         super::namespaces::Cloned::Parent(pid, pidfd) => (pid, pidfd),
     };
     drop(child);
-    let made = map_and_open(pid, owner, program);
+    let made = map(pid).and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
     drop(parent); // the child exits
     rustix::process::waitid(
         rustix::process::WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)),
         rustix::process::WaitIdOptions::EXITED,
     )?;
-    made
-}
-
-fn map_and_open(pid: i32, (uid, gid): (u32, u32), program: u32) -> io::Result<OwnedFd> {
-    fs::write(format!("/proc/{pid}/uid_map"), format!("{uid} {program} 1\n"))?;
-    fs::write(format!("/proc/{pid}/gid_map"), format!("{gid} {program} 1\n"))?;
-    Ok(fs::File::open(format!("/proc/{pid}/ns/user"))?.into())
+    Ok(made?.into())
 }
 
 /// Changes all user and group ids and clears the supplementary groups. Only
@@ -259,7 +298,7 @@ mod tests {
         let mut ids: Vec<_> = taken.iter().flat_map(|ids| [ids.program, ids.init]).collect();
         ids.sort_unstable();
         assert_eq!(ids, [1000, 1001, 1002, 1003, 1004, 1005]);
-        pool.give_back(taken[1]);
+        pool.give_back(taken[1], None);
         assert_eq!(pool.take(), Some(taken[1]));
         assert_eq!(pool.take(), None);
     }

@@ -22,6 +22,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags},
     process::{DumpableBehavior, Resource, Rlimit, Signal},
+    thread::LinkNameSpaceType,
 };
 
 use super::{
@@ -128,22 +129,16 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     context.at(Step::Attributes, sys::block_all_signals())?;
     rustix::process::umask(rustix::fs::Mode::empty());
 
-    // 2. Wait until the launcher has put us into our cgroups: whatever we use
-    //    from here on is the run's.
-    expect(context, word::JOINED)?;
-
-    // 3. The network namespace, where the launcher chose one. The descriptor goes
-    //    at once: nothing that comes of us may have a way back into it.
-    if let Some(network) = blueprint.network {
+    // 2. Into our cgroups: whatever we use from here on is the run's.
+    for cgroup in &blueprint.cgroups {
         // SAFETY: it is one of `keep`; nothing else here has or closes this number.
-        let network = unsafe { OwnedFd::from_raw_fd(network) };
-        context.at(
-            Step::EnterNetwork,
-            rustix::thread::move_into_link_name_space(
-                network.as_fd(),
-                Some(rustix::thread::LinkNameSpaceType::Network),
-            ),
-        )?;
+        let cgroup = unsafe { OwnedFd::from_raw_fd(*cgroup) };
+        context.at(Step::Attach, rustix::io::write(&cgroup, b"0"))?;
+    }
+
+    // 3. The network namespace, where the launcher chose one.
+    if let Some(network) = blueprint.network {
+        context.at(Step::EnterNetwork, enter(network, LinkNameSpaceType::Network))?;
     }
 
     // 4. Without privilege, the user namespace is already there and unmapped.
@@ -192,6 +187,9 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         context.at(Step::UserNamespace, sys::unshare(blueprint.inner_namespaces))?;
         ask_for_maps(context)?;
     }
+    if let Some(namespace) = blueprint.user_namespace {
+        context.at(Step::UserNamespace, enter(namespace, LinkNameSpaceType::User))?;
+    }
     if made_inside {
         name_and_connect(context)?;
     }
@@ -208,7 +206,11 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         None => None,
     };
 
-    // 12. The program's process: it still has what it takes to become another user.
+    // 12. What can never be gained again, by either process. Then the program's: it
+    //    still has what it takes to become another user.
+    let kept = blueprint.keep_capabilities;
+    let limited = identity::limit_capabilities(blueprint.last_capability, kept);
+    context.at(Step::Capabilities, limited)?;
     let pid = context.at(Step::Fork, sys::fork())?;
     if pid == 0 {
         program::main(context, landlock, host_proc.as_fd());
@@ -217,7 +219,10 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     // 13. Init's own descent. Dumpable last: every change of credentials sets
     //     it anew, and a dumpable init could be opened through /proc/1/mem.
     let (uid, gid) = blueprint.init_id;
-    context.at(Step::Capabilities, identity::limit_capabilities(blueprint.last_capability, 0))?;
+    if kept != 0 {
+        let limited = identity::limit_capabilities(blueprint.last_capability, 0);
+        context.at(Step::Capabilities, limited)?;
+    }
     context.at(Step::Identity, identity::become_user(uid, gid, blueprint.clear_groups))?;
     context.at(Step::Capabilities, identity::drop_capabilities(blueprint.last_capability, 0))?;
     context.at(Step::Attributes, rustix::thread::set_no_new_privs(true))?;
@@ -232,6 +237,14 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
     )?;
     Ok(pid)
+}
+
+/// Enters a namespace of the launcher's choice. The descriptor goes at once: nothing
+/// that comes of us shall have a way back into it.
+fn enter(namespace: RawFd, kind: LinkNameSpaceType) -> io::Result<()> {
+    // SAFETY: it is one of `keep`; nothing else here has or closes this number.
+    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+    Ok(rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind))?)
 }
 
 fn name_and_connect(context: Context<'_>) -> Result<(), StepError> {

@@ -44,15 +44,11 @@ fn become_program(
     let blueprint = context.blueprint;
     // 1. A session of its own: no controlling terminal to push input into.
     context.at(Step::Session, rustix::process::setsid())?;
-    context.at(Step::Session, sys::default_signals())?;
+    context.at(Step::Session, sys::unblock_signals())?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
 
     // 2. Identity, while it still takes capabilities to change it.
     let (uid, gid) = blueprint.program_id;
-    context.at(
-        Step::Capabilities,
-        identity::limit_capabilities(blueprint.last_capability, blueprint.keep_capabilities),
-    )?;
     context.at(Step::Identity, identity::become_user(uid, gid, blueprint.clear_groups))?;
 
     // 3. Capabilities: leaving an unmapped uid 0 behind clears none of them.

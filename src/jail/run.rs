@@ -46,9 +46,9 @@ const CPU_STEP_MIN: Duration = Duration::from_millis(10);
 /// Most time between two: a clock that stood still must not hide it.
 const CPU_STEP_MAX: Duration = Duration::from_secs(60);
 /// What the launcher has open for a run at most: init's pidfd, the control socket,
-/// the listener, the cgroup's directory and its memory peak, its network; and,
+/// the listener, the cgroup's directory and its memory peak, its namespaces; and,
 /// until the program is started, what the launch brought.
-const OPEN: usize = 5 + EmptyNetwork::DESCRIPTORS;
+const OPEN: usize = 6 + EmptyNetwork::DESCRIPTORS;
 const BROUGHT: usize = 5;
 
 /// Where a run stands.
@@ -77,6 +77,8 @@ pub struct Run {
     pub cgroup: Option<Cgroup>,
     /// The network namespace that it has for its time.
     pub network: Option<EmptyNetwork>,
+    /// The user namespace likewise.
+    pub user_namespace: Option<OwnedFd>,
     /// Init; readable when it is dead, and with it all of the pid namespace.
     pub pidfd: OwnedFd,
     /// To init and, until exec, the program.
@@ -123,6 +125,8 @@ pub struct Parts {
     pub cgroup: Cgroup,
     /// See [`Run`].
     pub network: Option<EmptyNetwork>,
+    /// See [`Run`].
+    pub user_namespace: Option<OwnedFd>,
     /// Init.
     pub pid: i32,
     /// See [`Run`].
@@ -186,6 +190,7 @@ impl Run {
             ids: parts.ids,
             cgroup: Some(parts.cgroup),
             network: parts.network,
+            user_namespace: parts.user_namespace,
             pidfd: parts.pidfd,
             control: parts.control,
             listener: None,
@@ -287,14 +292,6 @@ impl Run {
         Ok(change)
     }
 
-    /// Tells init that it is in its cgroups.
-    ///
-    /// # Errors
-    /// Those of sendmsg(2): init is gone.
-    pub fn joined(&self) -> io::Result<()> {
-        sys::send_packet(&self.control, &[word::JOINED], &[])
-    }
-
     /// Listens for what init or the program says.
     ///
     /// # Errors
@@ -385,6 +382,13 @@ impl Run {
     }
 
     fn built(&mut self, now: Instant) -> Change {
+        // From here to the program's start nothing of it does anything but wait.
+        if let Some(cgroup) = &mut self.cgroup
+            && let Err(error) = cgroup.start_measuring()
+        {
+            self.fail(step_error(Step::Start, &error), now);
+            return Change::None;
+        }
         self.namespaces.clear();
         self.grace_deadline = None;
         self.phase = Phase::Waiting;
@@ -401,9 +405,6 @@ impl Run {
 
     /// Hands the program what its call brings. Nothing has changed where that fails.
     fn start(&mut self, call: &Call, fds: &LaunchFds, now: Instant) -> io::Result<Change> {
-        if let Some(cgroup) = &mut self.cgroup {
-            cgroup.start_measuring()?;
-        }
         let start = Start {
             argc: call.launch.argc,
             envc: call.launch.envc,

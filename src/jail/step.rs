@@ -40,8 +40,6 @@ steps! {
     Cgroup = "cgroup",
     /// clone3(2) of init with its namespaces.
     Clone = "clone",
-    /// Put init into the cgroups that clone3 could not.
-    Attach = "attach",
     /// Write uid_map and gid_map.
     Maps = "maps",
     /// Hand the program its descriptors.
@@ -53,6 +51,8 @@ steps! {
     Attributes = "attributes",
     /// Wait for the launcher's word.
     Handshake = "handshake",
+    /// Into the cgroups that clone3 could not put it into.
+    Attach = "attach",
     /// Enter the network namespace that the launcher chose.
     EnterNetwork = "enter_network",
     /// A cgroup namespace rooted at the run's cgroup.
@@ -228,8 +228,6 @@ impl Report {
 
 /// The launcher's words to init on the control socket: one byte each.
 pub mod word {
-    /// The cgroups are joined: go on.
-    pub const JOINED: u8 = b'C';
     /// The maps are written: go on.
     pub const MAPPED: u8 = b'M';
 }

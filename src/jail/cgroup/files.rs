@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::DirBuilderExt as _,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -19,9 +19,22 @@ pub(super) const MODE: u32 = 0o700;
 /// knows them after a crash. The second is for those without privilege.
 const MARKS: [&str; 2] = ["trusted.dispatcher", "user.dispatcher"];
 
+/// What is read at once: all of those files that are short, which all are that are
+/// read for every run.
+const READ: usize = 4096;
+
 /// The text of `directory/file`.
 pub(super) fn read(directory: &Path, file: &str) -> io::Result<String> {
-    fs::read_to_string(directory.join(file))
+    use io::Read as _;
+    let mut open = fs::File::open(directory.join(file))?;
+    let mut bytes = vec![0; READ];
+    let length = open.read(&mut bytes)?;
+    bytes.truncate(length);
+    // Less than was asked for is the end of a cgroup's file, but of no empty one.
+    if length == READ {
+        open.read_to_end(&mut bytes)?;
+    }
+    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// Writes `directory/file`; never creates it.
@@ -56,6 +69,16 @@ pub(super) fn processes(directory: &Path) -> io::Result<Vec<i32>> {
 /// Moves a whole process into `directory`.
 pub(super) fn move_process(directory: &Path, pid: i32) -> io::Result<()> {
     write(directory, "cgroup.procs", &pid.to_string())
+}
+
+/// `directory/tasks` of a v1 hierarchy, to write to.
+///
+/// Moving a process by `cgroup.procs` keeps every fork, exec and exit of the host
+/// waiting, for 10 ms and more where it is the first such move in a while. A thread
+/// that moves itself needs nothing of the kind (`cgroup_procs_write_start`,
+/// kernel/cgroup/cgroup.c, since Linux 5.5).
+pub(super) fn open_tasks(directory: &Path) -> io::Result<OwnedFd> {
+    Ok(fs::OpenOptions::new().write(true).open(directory.join("tasks"))?.into())
 }
 
 /// Makes `directory` for our eyes only: nobody else may lock it or look at who runs.

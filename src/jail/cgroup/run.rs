@@ -27,6 +27,8 @@ pub struct Cgroup {
     unified: Option<OwnedFd>,
     enforced: Vec<Control>,
     features: values::Features,
+    /// Nothing limits swap but that the host has none.
+    swap_by_absence: bool,
     /// CPU time used before the program was told to start.
     cpu_baseline: CpuUsage,
     /// v2 from Linux 6.12: counts from the program's start.
@@ -57,6 +59,7 @@ impl Cgroup {
             unified: None,
             enforced: Vec::new(),
             features: hierarchy.features,
+            swap_by_absence: false,
             cpu_baseline: CpuUsage::default(),
             fresh_peak: None,
             seen: Cell::default(),
@@ -77,6 +80,9 @@ impl Cgroup {
         limits: &CgroupLimits,
     ) -> Vec<(Control, Reason)> {
         self.enforced.clear();
+        let memory = self.source(Controller::Memory);
+        let memory = memory.map(|source| (source.kind, source.path.as_path()));
+        self.swap_by_absence = limits.swap.finite().is_some() && !values::accounts_swap(memory);
         let mut refused = Vec::new();
         for (control, result) in self.limit(hierarchy, limits) {
             match result {
@@ -97,10 +103,7 @@ impl Cgroup {
     /// accounting, "no swap" does for as long as the host has none.
     #[must_use]
     pub fn holds(&self) -> bool {
-        let swap = self.enforced.contains(&Control::CgroupSwap);
-        let memory = self.source(Controller::Memory);
-        let memory = memory.map(|source| (source.kind, source.path.as_path()));
-        !swap || values::accounts_swap(memory) || values::host_has_no_swap()
+        !self.swap_by_absence || values::host_has_no_swap()
     }
 
     fn add(&mut self, source: Source) -> Result<(), CgroupError> {
@@ -160,11 +163,20 @@ impl Cgroup {
         &self.enforced
     }
 
-    /// Its v2 directory, for clone3(2) with `CLONE_INTO_CGROUP`. After that,
-    /// [`Cgroup::attach_rest`] does what v1 hierarchies need.
+    /// Its v2 directory, for clone3(2) with `CLONE_INTO_CGROUP`. After that, the
+    /// process writes itself into [`Cgroup::others`].
     #[must_use]
     pub fn v2_dir_fd(&self) -> Option<BorrowedFd<'_>> {
         self.unified.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// The `tasks` of the others, open: a thread that writes a 0 to one joins it.
+    ///
+    /// # Errors
+    /// Those of opening them.
+    pub fn others(&self) -> io::Result<Vec<OwnedFd>> {
+        let others = self.sources.iter().filter(|source| !source.kind.is_unified());
+        others.map(|source| files::open_tasks(&source.path)).collect()
     }
 
     /// Puts the process into every hierarchy's cgroup.
@@ -172,20 +184,8 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError::Attach`], with ESRCH when it is gone.
     pub fn attach(&self, pid: Pid) -> Result<(), CgroupError> {
-        self.attach_to(pid, |_| true)
-    }
-
-    /// Puts a process that was cloned into [`Cgroup::v2_dir_fd`] into the others.
-    ///
-    /// # Errors
-    /// Those of [`Cgroup::attach`].
-    pub fn attach_rest(&self, pid: Pid) -> Result<(), CgroupError> {
-        self.attach_to(pid, |kind| !kind.is_unified())
-    }
-
-    fn attach_to(&self, pid: Pid, wanted: impl Fn(Kind) -> bool) -> Result<(), CgroupError> {
         let pid = pid.as_raw_nonzero().get();
-        for source in self.sources.iter().filter(|source| wanted(source.kind)) {
+        for source in &self.sources {
             files::move_process(&source.path, pid).map_err(|error| CgroupError::Attach {
                 pid,
                 path: source.path.clone(),
@@ -195,8 +195,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Call it when the program is told to start: what init used before is left
-    /// out of the figures from here on, as far as the kernel lets it.
+    /// Call it when all is ready for the program: what init used before is left out
+    /// of the figures from here on, as far as the kernel lets it.
     ///
     /// # Errors
     /// Those of reading and writing the cgroup's files.

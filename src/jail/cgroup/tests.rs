@@ -195,7 +195,10 @@ fn a_child_can_be_cloned_into_it() {
         pid => {
             let pid = Pid::from_raw(i32::try_from(pid).unwrap()).expect("clone3");
             assert!(occupied(&host.hierarchy));
-            cgroup.attach_rest(pid).unwrap();
+            for other in cgroup.others().unwrap() {
+                let pid = pid.as_raw_nonzero().to_string();
+                rustix::io::write(&other, pid.as_bytes()).unwrap();
+            }
             assert!(cgroup.kill());
             waitpid(Some(pid), WaitOptions::empty()).unwrap();
         }

@@ -8,7 +8,9 @@
 //! builds its own, and is told what went wrong with that.
 //!
 //! As many are kept as a template's calls ran at once lately, and one: when they end,
-//! as many may follow. They are built when there is nothing else to do, one at a time.
+//! as many may follow. A template whose calls come thick and fast has more. To build one while a call runs slows that call, where processors
+//! are few; so they are built in quiet moments, one at a time, and without waiting for
+//! one only when few are left: then until all are there again.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -30,6 +32,10 @@ use crate::jail::{
 
 /// Most jails that wait for one template's calls.
 const EACH_MAX: usize = 16;
+/// Fewest that are wanted of a template that is called.
+const EACH_MIN: usize = 2;
+/// Calls in one [`REVIEW`] that make a template a busy one.
+const BUSY: u32 = 32;
 /// Most of all templates together.
 const ALL_MAX: usize = 64;
 /// Share of the host uids and of the descriptors that they may take.
@@ -56,10 +62,15 @@ struct Demand {
     prepared: Rc<Prepared>,
     /// The oldest first.
     jails: VecDeque<Jail>,
+    /// Calls since the last review, and in the time before it.
+    calls: u32,
+    last_calls: u32,
     /// Calls that run now, and the most that did since the last review and before it.
     running: usize,
     peak: usize,
     last_peak: usize,
+    /// Few were left, and not all are there again.
+    filling: bool,
     /// Reviews since the last call.
     idle: u32,
     retry: Duration,
@@ -112,13 +123,18 @@ impl Ahead {
         Ok(Self { demands: HashMap::new(), mounts, review_at: None })
     }
 
-    /// When [`Launcher::build_ahead`] has something to do, with at most `most` jails.
-    pub(super) fn due(&self, most: usize, now: Instant) -> Option<Instant> {
+    /// When [`Launcher::build_ahead`] has something to do, with at most `most` jails
+    /// and nothing to disturb from `quiet` on.
+    pub(super) fn due(&self, most: usize, now: Instant, quiet: Instant) -> Option<Instant> {
         if self.count() >= most {
             return self.review_at;
         }
         let wanting = self.demands.values().filter(|demand| demand.lacks_any());
-        wanting.map(|demand| demand.retry_at.unwrap_or(now)).chain(self.review_at).min()
+        let due = |demand: &Demand| {
+            let begin = if demand.filling { now } else { quiet };
+            demand.retry_at.map_or(begin, |retry| retry.max(begin))
+        };
+        wanting.map(due).chain(self.review_at).min()
     }
 
     fn count(&self) -> usize {
@@ -148,9 +164,12 @@ impl Demand {
         Self {
             prepared,
             jails: VecDeque::new(),
+            calls: 0,
+            last_calls: 0,
             running: 0,
             peak: 0,
             last_peak: 0,
+            filling: true,
             idle: 0,
             retry: RETRY_MIN,
             retry_at: None,
@@ -161,7 +180,18 @@ impl Demand {
         if self.idle > IDLE_REVIEWS {
             return 0;
         }
-        (self.peak.max(self.last_peak) + 1).min(EACH_MAX)
+        if self.calls.max(self.last_calls) >= BUSY {
+            return EACH_MAX;
+        }
+        (self.peak.max(self.last_peak) + 1).clamp(EACH_MIN, EACH_MAX)
+    }
+
+    fn fill_up(&mut self) {
+        if self.jails.len() <= self.wanted() / 4 {
+            self.filling = true;
+        } else if !self.lacks_any() {
+            self.filling = false;
+        }
     }
 
     fn lacks_any(&self) -> bool {
@@ -175,6 +205,8 @@ impl Demand {
 
     fn review(&mut self) {
         self.idle += 1;
+        self.last_calls = self.calls;
+        self.calls = 0;
         self.last_peak = self.peak;
         self.peak = self.running;
     }
@@ -198,7 +230,10 @@ impl Launcher {
         }
         self.ahead.review_at.get_or_insert_with(|| Instant::now() + REVIEW);
         demand.idle = 0;
-        let jail = demand.jails.pop_front()?;
+        demand.calls = demand.calls.saturating_add(1);
+        let jail = demand.jails.pop_front();
+        demand.fill_up();
+        let jail = jail?;
         demand.retry = RETRY_MIN;
         if self.ahead.shown(&prepared.template.filesystem) != jail.shown {
             // The others are as old, or hardly younger.
@@ -211,15 +246,18 @@ impl Launcher {
 
     /// Builds one jail, where one is wanted; reviews demand when that is due. False
     /// where there was nothing to build.
-    pub(super) fn build_ahead(&mut self, now: Instant) -> bool {
+    pub(super) fn build_ahead(&mut self, now: Instant, is_quiet: bool) -> bool {
         if self.ahead.review_at.is_some_and(|at| at <= now) {
             self.review_ahead(now);
         }
         if self.ahead.count() >= self.most_ahead() {
             return false;
         }
-        let wants =
-            |demand: &Demand| demand.lacks_any() && demand.retry_at.is_none_or(|at| at <= now);
+        let wants = |demand: &Demand| {
+            demand.lacks_any()
+                && (is_quiet || demand.filling)
+                && demand.retry_at.is_none_or(|at| at <= now)
+        };
         let Some((key, demand)) = self
             .ahead
             .demands
@@ -237,6 +275,7 @@ impl Launcher {
             Ok(serial) => {
                 demand.retry_at = None;
                 demand.jails.push_back(Jail { serial, shown });
+                demand.fill_up();
             }
             // A call that needs one is told why it can't be had.
             Err(_) => demand.back_off(now),

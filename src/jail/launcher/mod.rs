@@ -9,7 +9,7 @@
 //! the server's ends that server's runs.
 //!
 //! `peers` is what the two say, `start` starts a run, in a jail that `ahead` has
-//! ready if there is one, and `watch` follows it.
+//! ready if there is one, `watch` follows it, and `chores` is what nobody waits for.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -23,6 +23,7 @@ use std::{
 use rustix::event::epoll::{self, EventFlags};
 
 mod ahead;
+mod chores;
 mod peers;
 mod start;
 mod watch;
@@ -90,8 +91,10 @@ fn start() -> Result<Launcher, String> {
     // Nobody but root may look into the process that makes jails.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
         .map_err(|e| format!("prctl: {e}"))?;
-    // The monitor decides what a signal means; a terminal's must not end us.
+    // The monitor decides what a signal means; a terminal's must not end us. Nor is
+    // any ignored: programs inherit that, signal(7).
     sys::block_all_signals().map_err(text("sigprocmask"))?;
+    sys::default_signals();
     let null = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -155,13 +158,20 @@ struct Remains {
     cgroup: Option<Cgroup>,
     ids: Option<HostIds>,
     network: Option<EmptyNetwork>,
+    user_namespace: Option<OwnedFd>,
     /// Whose release the server would have to be told.
     run: Option<RunId>,
 }
 
 impl Remains {
     fn of(run: Run) -> Self {
-        Self { cgroup: run.cgroup, ids: run.ids, network: run.network, run: None }
+        Self {
+            cgroup: run.cgroup,
+            ids: run.ids,
+            network: run.network,
+            user_namespace: run.user_namespace,
+            run: None,
+        }
     }
 }
 
@@ -195,10 +205,14 @@ struct Launcher {
     outbox_full: bool,
     /// How many runs were answered for and are not cleared away yet.
     going: usize,
+    /// They are being cleared away without waiting.
+    hurried: bool,
     /// Those of them whose init wasn't let go.
     over: VecDeque<u64>,
     /// Those whose init is gone.
     gone: VecDeque<Remains>,
+    /// When anything last happened.
+    last_heard: Instant,
     leftovers: Vec<Leftover>,
     /// When they are looked at again.
     leftovers_due: Option<Instant>,
@@ -238,8 +252,10 @@ impl Launcher {
             outbox_due: None,
             outbox_full: false,
             going: 0,
+            hurried: false,
             over: VecDeque::new(),
             gone: VecDeque::new(),
+            last_heard: Instant::now(),
             leftovers: Vec::new(),
             leftovers_due: None,
             buffer: vec![0; MESSAGE_MAX],
@@ -261,12 +277,15 @@ impl Launcher {
                 return ExitCode::FAILURE;
             }
             let idle = events.is_empty();
+            if !idle {
+                self.last_heard = Instant::now();
+            }
             // Ends before timers: a program that ended keeps its status.
             for token in events.drain(..) {
                 self.on_event(Source::of(token));
             }
             self.on_time(Instant::now());
-            if idle || self.going >= GOING_MAX / 2 {
+            if idle || self.hurries() {
                 self.do_a_chore();
             }
             if let Some(deadline) = self.ending {
@@ -312,23 +331,6 @@ impl Launcher {
             }
             Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
-        }
-    }
-
-    /// When there is work that no one waits for; `None` for no such work.
-    fn next_chore(&self, now: Instant) -> Option<Instant> {
-        if self.gone.is_empty() && self.over.is_empty() {
-            self.ahead.due(self.most_ahead(), now)
-        } else {
-            Some(now)
-        }
-    }
-
-    /// Does one piece of it, so that what comes in meanwhile waits for no more than that.
-    fn do_a_chore(&mut self) {
-        let building = self.ending.is_none() && self.build_ahead(Instant::now());
-        if !building {
-            self.free_one();
         }
     }
 

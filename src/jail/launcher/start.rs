@@ -10,12 +10,12 @@ use std::{
     time::Instant,
 };
 
-use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log, reap};
+use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log};
 use crate::{
     jail::{
         cgroup::{Cgroup, CgroupError, CgroupLimits, Hierarchy, Lack},
         check::{self, Checked},
-        decide::{Decided, Prepared, Purpose, Script},
+        decide::{Decided, Lent, Prepared, Purpose, Script},
         identity::HostIds,
         init,
         message::{Exhausted, FromLauncher, Launch, LaunchFds, Refusal, StopCause},
@@ -31,6 +31,14 @@ use crate::{
 
 /// `run-` and eight digits: the jail's host name, which isn't the host's.
 const HOST_NAME_LEN: usize = 12;
+
+/// A cloned init.
+struct Init {
+    pid: i32,
+    pidfd: OwnedFd,
+    /// Our end of its socket.
+    control: OwnedFd,
+}
 
 /// Why a jail didn't take a call.
 enum Unassigned {
@@ -91,9 +99,7 @@ impl Launcher {
         mode: Mode,
         script: Option<Script<'_>>,
     ) -> Result<u64, Refusal> {
-        if !self.has_descriptors_for(&prepared.template) {
-            self.networks.let_go();
-        }
+        while !self.has_descriptors_for(&prepared.template) && self.let_one_go() {}
         if !self.has_descriptors_for(&prepared.template) {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
         }
@@ -108,7 +114,7 @@ impl Launcher {
             Ok(run) => Ok(self.register(run)),
             Err(refusal) => {
                 if let Some(ids) = ids {
-                    self.ids.give_back(ids);
+                    self.ids.give_back(ids, None);
                 }
                 Err(refusal)
             }
@@ -120,7 +126,8 @@ impl Launcher {
     pub(super) fn has_descriptors_for(&self, template: &Template) -> bool {
         let runs: usize = self.runs.values().map(Run::descriptors).sum();
         let leftovers = LEFTOVER_DESCRIPTORS * self.leftovers.len();
-        let held = OWN_DESCRIPTORS + self.networks.descriptors() + runs + leftovers;
+        let kept = EmptyNetwork::DESCRIPTORS * self.networks.kept() + self.ids.kept();
+        let held = OWN_DESCRIPTORS + kept + runs + leftovers;
         u64::try_from(held + Run::descriptors_needed(template))
             .is_ok_and(|all| all <= self.facts.open_files)
     }
@@ -141,7 +148,7 @@ impl Launcher {
     }
 
     fn make(
-        &self,
+        &mut self,
         prepared: &Rc<Prepared>,
         mode: Mode,
         script: Option<Script<'_>>,
@@ -154,8 +161,6 @@ impl Launcher {
         let name = format!("run-{id}");
         let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], script };
         self.inject(Step::Idmap)?;
-        let network_fd = network.as_ref().map(AsFd::as_fd);
-        let decided = prepared.decide(&purpose, ids, network_fd, &self.facts, self.fault)?;
         self.inject(Step::Cgroup)?;
         let cgroup = self
             .hierarchy
@@ -165,11 +170,12 @@ impl Launcher {
             self.discard(cgroup);
             return Err(lacking(&self.hierarchy, control));
         }
-        let (pid, pidfd, control) = match self.clone_init(&decided, &cgroup) {
-            Ok(parts) => parts,
-            Err(error) => {
+        let cloned = self.clone_jail(prepared, &purpose, ids, network.as_ref(), &cgroup);
+        let (decided, Init { pid, pidfd, control }, user_namespace) = match cloned {
+            Ok(cloned) => cloned,
+            Err(refusal) => {
                 self.discard(cgroup);
-                return Err(run::refusal(error));
+                return Err(refusal);
             }
         };
         let parts = Parts {
@@ -177,6 +183,7 @@ impl Launcher {
             ids,
             cgroup,
             network,
+            user_namespace,
             pid,
             pidfd,
             control,
@@ -186,6 +193,34 @@ impl Launcher {
             enforced: decided.enforced,
         };
         Ok(Run::new(parts, Instant::now()))
+    }
+
+    /// Decides a jail and clones its init; also gives the user namespace that it was lent.
+    fn clone_jail(
+        &mut self,
+        prepared: &Prepared,
+        purpose: &Purpose<'_>,
+        ids: Option<HostIds>,
+        network: Option<&EmptyNetwork>,
+        cgroup: &Cgroup,
+    ) -> Result<(Decided, Init, Option<OwnedFd>), Refusal> {
+        let ids_to_map = ids.filter(|_| prepared.takes_user_namespace(purpose.mode, &self.facts));
+        let user_namespace = ids_to_map
+            .map(|ids| self.ids.namespace(ids))
+            .transpose()
+            .map_err(|error| run::refusal(step_error(Step::Maps)(error)))?;
+        let cgroups = match cgroup.others() {
+            Ok(others) => others,
+            Err(error) => return Err(run::refusal(step_error(Step::Cgroup)(error))),
+        };
+        let lent = Lent {
+            network: network.map(AsFd::as_fd),
+            user_namespace: user_namespace.as_ref().map(AsFd::as_fd),
+            cgroups: cgroups.iter().map(AsFd::as_fd).collect(),
+        };
+        let decided = prepared.decide(purpose, ids, &lent, &self.facts, self.fault)?;
+        let init = self.clone_init(&decided, cgroup).map_err(run::refusal)?;
+        Ok((decided, init, user_namespace))
     }
 
     /// Gives a jail its call, with the limits that hold for it.
@@ -245,11 +280,7 @@ impl Launcher {
         Ok(())
     }
 
-    fn clone_init(
-        &self,
-        decided: &Decided,
-        cgroup: &Cgroup,
-    ) -> Result<(i32, OwnedFd, OwnedFd), StepError> {
+    fn clone_init(&self, decided: &Decided, cgroup: &Cgroup) -> Result<Init, StepError> {
         if self.fault.hits(Step::Clone) {
             return Err(StepError { step: Step::Clone, index: 0, errno: libc::EIO });
         }
@@ -263,18 +294,7 @@ impl Launcher {
         let cloned = unsafe { namespaces::clone(namespaces, cgroup.v2_dir_fd()) };
         match cloned.map_err(step_error(Step::Clone))? {
             Cloned::Child => init::main(&decided.blueprint, theirs.as_raw_fd(), &keep),
-            Cloned::Parent(pid, pidfd) => {
-                let attached = if self.fault.hits(Step::Attach) {
-                    Err(io::Error::from_raw_os_error(libc::EIO))
-                } else {
-                    attach(cgroup, pid)
-                };
-                if let Err(error) = attached {
-                    kill_and_reap(&pidfd);
-                    return Err(step_error(Step::Attach)(error));
-                }
-                Ok((pid, pidfd, ours))
-            }
+            Cloned::Parent(pid, pidfd) => Ok(Init { pid, pidfd, control: ours }),
         }
     }
 
@@ -377,28 +397,7 @@ fn cgroup_refusal(error: CgroupError) -> Refusal {
     }
 }
 
-/// Into the hierarchies that clone3 could not put it into.
-fn attach(cgroup: &Cgroup, pid: i32) -> io::Result<()> {
-    let Some(pid) = rustix::process::Pid::from_raw(pid) else {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
-    };
-    let attached = match cgroup.v2_dir_fd() {
-        Some(_) => cgroup.attach_rest(pid),
-        None => cgroup.attach(pid),
-    };
-    attached.map_err(|error| match error {
-        CgroupError::Attach { source, .. } => source,
-        other => io::Error::other(other.to_string()),
-    })
-}
-
 fn launch_fds(fds: Vec<OwnedFd>) -> Option<LaunchFds> {
     let [executable, stdin, stdout, stderr, call]: [OwnedFd; 5] = fds.try_into().ok()?;
     Some(LaunchFds { executable, stdin, stdout, stderr, call })
-}
-
-fn kill_and_reap(pidfd: &OwnedFd) {
-    // ESRCH: dead already.
-    rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL).ok();
-    reap(pidfd);
 }

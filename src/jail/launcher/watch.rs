@@ -19,12 +19,7 @@ impl Launcher {
         self.next_serial += 1;
         let watched = self
             .watch(&run.control, Source::Control(serial), EventFlags::IN)
-            .and_then(|()| self.watch(&run.pidfd, Source::Init(serial), EventFlags::IN))
-            .and_then(|()| match run.joined() {
-                // It ended before it could be told; what it said last tells why.
-                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-                told => told,
-            });
+            .and_then(|()| self.watch(&run.pidfd, Source::Init(serial), EventFlags::IN));
         self.runs.insert(serial, run);
         if let Err(error) = watched {
             log(&format!("a run can't be watched: {error}"));
@@ -212,24 +207,12 @@ impl Launcher {
         }
     }
 
-    /// Clears away after a run that was answered for, if there is one: its init is
-    /// let go first, and its cgroup when init is gone.
-    pub(super) fn free_one(&mut self) {
-        if let Some(remains) = self.gone.pop_front() {
-            self.going -= 1;
-            self.free(remains);
-        } else if let Some(serial) = self.over.pop_front() {
-            let now = Instant::now();
-            self.with_run(serial, |run| run.dismiss(now));
-        }
-    }
-
     /// Gives back what a run had. False where its cgroup can't be removed yet:
     /// then that and its uids wait in quarantine.
-    fn free(&mut self, remains: Remains) -> bool {
+    pub(super) fn free(&mut self, remains: Remains) -> bool {
         match remains.cgroup.map(Cgroup::remove) {
             None | Some(Ok(())) => {
-                self.give_back(remains.ids);
+                self.give_back(remains.ids, remains.user_namespace);
                 if let Some(network) = remains.network {
                     self.networks.give_back(network);
                 }
@@ -244,9 +227,9 @@ impl Launcher {
         }
     }
 
-    fn give_back(&mut self, ids: Option<HostIds>) {
+    fn give_back(&mut self, ids: Option<HostIds>, namespace: Option<OwnedFd>) {
         if let Some(ids) = ids {
-            self.ids.give_back(ids);
+            self.ids.give_back(ids, namespace);
         }
     }
 
@@ -254,7 +237,7 @@ impl Launcher {
         for leftover in std::mem::take(&mut self.leftovers) {
             match leftover.cgroup.remove() {
                 Ok(()) => {
-                    self.give_back(leftover.ids);
+                    self.give_back(leftover.ids, None);
                     if let Some(run) = leftover.run {
                         log(&format!("what was left of run {run} is gone"));
                         self.tell(&FromLauncher::Released { run });
