@@ -38,6 +38,10 @@ pub struct Blueprint {
     pub maps_first: bool,
     /// Whether setgroups(2) may and must be called.
     pub clear_groups: bool,
+    /// Where init rings when it has reported: a pipe that takes `serial`.
+    pub bell: i32,
+    /// Which run it is, to the launcher.
+    pub serial: u64,
     /// What the program becomes, as numbered in the namespace that is then current.
     pub program_id: (u32, u32),
     /// What init becomes, likewise.

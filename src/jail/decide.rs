@@ -38,6 +38,8 @@ pub struct Purpose<'a> {
     pub mode: Mode,
     /// Its name: of its cgroups, and its host name.
     pub name: &'a str,
+    /// See [`Blueprint::serial`].
+    pub serial: u64,
     /// The call's `#!` executable, which is part of the root.
     pub script: Option<Script<'a>>,
 }
@@ -68,6 +70,8 @@ pub struct Lent<'a> {
     pub user_namespace: Option<BorrowedFd<'a>>,
     /// See [`Blueprint::cgroups`].
     pub cgroups: Vec<BorrowedFd<'a>>,
+    /// See [`Blueprint::bell`].
+    pub bell: BorrowedFd<'a>,
 }
 
 /// A decided jail.
@@ -149,6 +153,7 @@ impl Prepared {
             makings.namespaces.inner = UnshareFlags::empty();
         }
         let cgroups = lent.cgroups.iter().map(&mut lend).collect();
+        let bell = lend(&lent.bell);
         let enforced = makings.controls(ids);
         let Makings { jail, namespaces, identities, root, .. } = makings;
         let (root, bind_namespaces) = match root {
@@ -168,6 +173,8 @@ impl Prepared {
             inner_namespaces: namespaces.inner,
             user_namespace,
             cgroups,
+            bell,
+            serial: purpose.serial,
             maps_first: !facts.root,
             clear_groups: facts.root,
             program_id: identities.program,

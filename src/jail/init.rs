@@ -34,6 +34,8 @@ use crate::sys::{self, Waited};
 
 /// Where init keeps the control socket once the run is built.
 const CONTROL: RawFd = 3;
+/// And the bell.
+const BELL: RawFd = 4;
 
 /// How many dead processes that the program left behind are looked at.
 const LEFT_BEHIND_MAX: u32 = 1024;
@@ -304,8 +306,7 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
                 Waited::Child(pid, ended) => {
                     if watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
                         watch_for_kills = false;
-                        // If this, or what follows, can't be delivered the launcher is gone.
-                        drop(context.report(Report::Denied));
+                        tell(context, Report::Denied);
                     }
                     // What the program left dead and unreaped became ours with its end.
                     if pid == program {
@@ -323,10 +324,11 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
             }
         };
         if let Some(ended) = program_ended {
-            drop(context.report(match ended {
+            let report = match ended {
                 sys::Ended::Exited(code) => Report::Exited { code, alone },
                 sys::Ended::Signalled(signal) => Report::Signalled { signal, alone },
-            }));
+            };
+            tell(context, report);
             if !alone {
                 sys::exit_now(0);
             }
@@ -349,14 +351,29 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
     }
 }
 
-/// What init needs from here on: the control socket and news of its children.
+/// What init needs from here on: the control socket, the bell and news of its children.
 fn keep_only_control(context: Context<'_>) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
+    let bell = context.blueprint.bell;
+    // It may have the number that the socket is to have; never the other way round.
+    if bell != BELL {
+        sys::dup_to(bell, BELL)?;
+    }
     if context.control.as_raw_fd() != CONTROL {
         sys::dup_to(context.control.as_raw_fd(), CONTROL)?;
     }
-    sys::close_range(CONTROL as u32 + 1, u32::MAX)?;
+    sys::close_range(BELL as u32 + 1, u32::MAX)?;
     sys::child_signal_fd()
+}
+
+/// Reports, and rings: the launcher doesn't listen to the socket of a program that
+/// was just started.
+fn tell(context: Context<'_>, report: Report) {
+    // If they can't be delivered the launcher is gone.
+    drop(context.report(report));
+    // SAFETY: keep_only_control put it there.
+    let bell = unsafe { BorrowedFd::borrow_raw(BELL) };
+    rustix::io::write(bell, &context.blueprint.serial.to_ne_bytes()).ok();
 }
 
 /// Whether the filter kills on the spot, so that a death by SIGSYS is all there is

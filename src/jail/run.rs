@@ -41,6 +41,8 @@ pub use end::refusal;
 const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How long a run may take to be built: nothing of the tenant's runs yet.
 const BUILD_GRACE: Duration = Duration::from_secs(10);
+/// How long a program that was just started is not listened to.
+const HEED_PAUSE: Duration = Duration::from_millis(2);
 /// Least time between two looks at a run's CPU time.
 const CPU_STEP_MIN: Duration = Duration::from_millis(10);
 /// Most time between two: a clock that stood still must not hide it.
@@ -106,6 +108,8 @@ pub struct Run {
     cpu_check: Option<Instant>,
     grace_deadline: Option<Instant>,
     notices_resume: Option<Instant>,
+    /// When its control socket is listened to again.
+    heed_at: Option<Instant>,
     notices: u32,
     stopped: Option<StopCause>,
     status: WaitStatus,
@@ -211,6 +215,7 @@ impl Run {
             cpu_check: None,
             grace_deadline: Some(now + BUILD_GRACE),
             notices_resume: None,
+            heed_at: None,
             notices: 0,
             stopped: None,
             status: WaitStatus::Unknown,
@@ -418,6 +423,7 @@ impl Run {
         self.cpu_check = self.cpu_limit().map(|limit| now + cpu_step(limit, call.cores));
         self.phase = Phase::Running;
         self.started = Some(now);
+        self.heed_at = Some(now + HEED_PAUSE);
         Ok(Change::Started { setup: now - call.received })
     }
 
@@ -471,6 +477,7 @@ impl Run {
         self.ended = Some(now);
         self.wall_deadline = None;
         self.cpu_check = None;
+        self.heed_at = None;
         self.grace_deadline = Some(now + TEARDOWN_GRACE);
     }
 
@@ -507,10 +514,14 @@ impl Run {
     /// The next moment at which [`Run::on_time`] must be called.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.wall_deadline, self.cpu_check, self.grace_deadline, self.notices_resume]
-            .into_iter()
-            .flatten()
-            .min()
+        let clocks = [self.wall_deadline, self.cpu_check, self.grace_deadline];
+        let pauses = [self.notices_resume, self.heed_at];
+        clocks.into_iter().chain(pauses).flatten().min()
+    }
+
+    /// Whether its control socket is to be listened to again.
+    pub fn heeds_from(&mut self, now: Instant) -> bool {
+        self.heed_at.take_if(|at| *at <= now).is_some()
     }
 
     /// Acts on what is due. True when the run must now be answered for though

@@ -121,6 +121,7 @@ fn start() -> Result<Launcher, String> {
 enum Source {
     Monitor,
     Server,
+    Bell,
     Control(u64),
     Init(u64),
     Listener(u64),
@@ -131,6 +132,7 @@ impl Source {
         match self {
             Self::Monitor => 0,
             Self::Server => 1,
+            Self::Bell => 2,
             Self::Control(serial) => serial << 2,
             Self::Init(serial) => serial << 2 | 1,
             Self::Listener(serial) => serial << 2 | 2,
@@ -140,7 +142,8 @@ impl Source {
     fn of(token: u64) -> Self {
         match (token >> 2, token & 3) {
             (0, 0) => Self::Monitor,
-            (0, _) => Self::Server,
+            (0, 1) => Self::Server,
+            (0, _) => Self::Bell,
             (serial, 0) => Self::Control(serial),
             (serial, 1) => Self::Init(serial),
             (serial, _) => Self::Listener(serial),
@@ -187,6 +190,8 @@ struct Launcher {
     monitor: OwnedFd,
     server: Option<OwnedFd>,
     epoll: OwnedFd,
+    /// Where inits ring, to read from and to write to.
+    bell: (OwnedFd, OwnedFd),
     facts: Facts,
     hierarchy: Hierarchy,
     ids: IdPool,
@@ -233,10 +238,14 @@ impl Launcher {
         }
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
+        let bell = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .and_then(|pipe| rustix::io::ioctl_fionbio(&pipe.0, true).map(|()| pipe))
+            .map_err(|error| format!("pipe: {error}"))?;
         let launcher = Self {
             monitor,
             server: None,
             epoll,
+            bell,
             facts,
             hierarchy,
             ids: IdPool::new(config.uid_range),
@@ -265,6 +274,7 @@ impl Launcher {
         };
         launcher
             .watch(&launcher.monitor, Source::Monitor, EventFlags::IN)
+            .and_then(|()| launcher.watch(&launcher.bell.0, Source::Bell, EventFlags::IN))
             .map_err(|error| format!("epoll: {error}"))?;
         Ok(launcher)
     }
@@ -343,6 +353,7 @@ impl Launcher {
         match source {
             Source::Monitor => self.on_monitor(),
             Source::Server => self.on_server(),
+            Source::Bell => self.on_bell(),
             Source::Control(serial) => self.on_control(serial),
             Source::Listener(serial) => {
                 let now = Instant::now();

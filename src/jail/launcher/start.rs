@@ -159,7 +159,8 @@ impl Launcher {
         // Not the call's id, which its jail may be older than; the same for nobody.
         let id = RunId::random().map_err(|error| run::refusal(step_error(Step::Clone)(error)))?;
         let name = format!("run-{id}");
-        let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], script };
+        let serial = self.next_serial;
+        let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], serial, script };
         self.inject(Step::Idmap)?;
         self.inject(Step::Cgroup)?;
         let cgroup = self
@@ -217,6 +218,7 @@ impl Launcher {
             network: network.map(AsFd::as_fd),
             user_namespace: user_namespace.as_ref().map(AsFd::as_fd),
             cgroups: cgroups.iter().map(AsFd::as_fd).collect(),
+            bell: self.bell.1.as_fd(),
         };
         let decided = prepared.decide(purpose, ids, &lent, &self.facts, self.fault)?;
         let init = self.clone_init(&decided, cgroup).map_err(run::refusal)?;
@@ -263,6 +265,7 @@ impl Launcher {
         match change {
             Change::None => {}
             Change::Started { setup } => {
+                self.heed(serial, false);
                 let at = std::time::SystemTime::now();
                 if let Some(run) = self.runs.get(&serial).and_then(Run::id) {
                     self.tell_soon(&FromLauncher::Started { run, at, setup });

@@ -51,6 +51,28 @@ impl Launcher {
         }
     }
 
+    /// Whether to listen to a run's control socket. Not to one whose program was just
+    /// started: its filter's listener comes there, and most programs have ended before
+    /// it matters; to take it at once would only be in the program's way.
+    pub(super) fn heed(&self, serial: u64, heed: bool) {
+        let Some(run) = self.runs.get(&serial) else { return };
+        let flags = if heed { EventFlags::IN } else { EventFlags::empty() };
+        let data = epoll::EventData::new_u64(Source::Control(serial).token());
+        // ENOENT: it is at its end already.
+        epoll::modify(&self.epoll, &run.control, data, flags).ok();
+    }
+
+    /// Inits rang: each has reported.
+    pub(super) fn on_bell(&mut self) {
+        let mut rung = [0; 8 * 64];
+        let length = rustix::io::read(&self.bell.0, &mut rung).unwrap_or(0);
+        for serial in rung[..length].chunks_exact(8) {
+            if let Ok(serial) = serial.try_into().map(u64::from_ne_bytes) {
+                self.on_control(serial);
+            }
+        }
+    }
+
     pub(super) fn on_control(&mut self, serial: u64) {
         loop {
             let Some(run) = self.runs.get_mut(&serial) else { return };
@@ -152,6 +174,7 @@ impl Launcher {
             self.timers.pop_first();
             self.scheduled.remove(&serial);
             let Some(run) = self.runs.get_mut(&serial) else { continue };
+            let heed = run.heeds_from(now);
             if run.on_time(now) {
                 log(&format!("{} would not end: its uid and cgroup are kept aside", run.name()));
                 if !run.answered
@@ -159,6 +182,9 @@ impl Launcher {
                 {
                     self.tell(&answer);
                 }
+            }
+            if heed {
+                self.heed(serial, true);
             }
             self.reschedule(serial);
             self.rearm_listener(serial);
