@@ -32,6 +32,8 @@ pub struct Call {
     pub method: MethodName,
     /// What to run.
     pub source: Source,
+    /// The digest of the bytes that it brings, where that was made as they came.
+    pub inline_digest: Option<Digest>,
     /// The digest that the executable must have.
     pub digest: Option<Digest>,
     /// Its input; `None` for none.

@@ -261,7 +261,10 @@ impl Dispatcher {
                     return Err(ArtifactError::Empty.into());
                 }
                 artifact::check_size(bytes.len() as u64, limit)?;
-                let digest = artifact::digest_of(&bytes).await?;
+                let digest = match call.inline_digest {
+                    Some(digest) => digest,
+                    None => artifact::digest_of(&bytes).await?,
+                };
                 facts.artifact = Some(digest);
                 artifact::check_digest(digest, call.digest, &rules.digests)?;
                 let kind = elf::inspect(&bytes).map_err(ArtifactError::from)?;

@@ -41,6 +41,7 @@ pub(crate) fn call() -> Call {
         output: None,
         request_id: String::new(),
         labels: BTreeMap::new(),
+        inline_digest: None,
         ignored_context: Vec::new(),
     }
 }

@@ -4,6 +4,7 @@
 //! pass untouched.
 
 pub mod gate;
+mod hash;
 pub mod receive;
 mod scan;
 pub mod trailers;

@@ -25,7 +25,7 @@ use crate::{
         Outcome,
         stop::{StopHandle, StopSignal},
     },
-    names::RunId,
+    names::{Digest, RunId},
     wire::{self, collective_dispatcher_server::CollectiveDispatcher, serve_request::ServiceDef},
 };
 
@@ -78,12 +78,14 @@ impl CollectiveDispatcher for Handler {
         let metrics = self.metrics.clone();
         let lifted = request.extensions().get::<Lifted>().cloned();
         let mut request = request.into_inner();
-        if let Some(Lifted(binary)) = lifted {
-            request.service_def = Some(ServiceDef::ServiceBinary(binary));
+        let mut digest = None;
+        if let Some(lifted) = lifted {
+            request.service_def = Some(ServiceDef::ServiceBinary(lifted.binary));
+            digest = lifted.digest;
         }
         let task = tokio::spawn(async move {
             let (message, summary, record) =
-                answer(&dispatcher, request, context, record, &executor_id).await;
+                answer(&dispatcher, request, digest, context, record, &executor_id).await;
             audit::record(&record);
             metrics.count(&record);
             drop(ticket);
@@ -149,12 +151,14 @@ impl Handler {
 async fn answer(
     dispatcher: &Dispatcher,
     request: wire::ServeRequest,
+    inline_digest: Option<Digest>,
     context: Context,
     mut record: Record,
     executor_id: &str,
 ) -> (wire::ServeResponse, Summary, Record) {
-    let call = convert::call(request);
-    if let Ok(call) = &call {
+    let mut call = convert::call(request);
+    if let Ok(call) = &mut call {
+        call.inline_digest = inline_digest;
         record.labels.clone_from(&call.labels);
     }
     let reply = dispatcher.dispatch(call, context).await;

@@ -17,10 +17,15 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, body::Body};
 
 use super::{
-    Answer, Inner, Pass, Request, error, is_ours, is_serve,
+    Answer, Inner, Pass, Request, error,
+    hash::Hashing,
+    is_ours, is_serve,
     scan::{Found, light_bytes, only_binary},
 };
-use crate::admission::bytes::{ByteBudget, Reservation};
+use crate::{
+    admission::bytes::{ByteBudget, Reservation},
+    names::Digest,
+};
 
 /// How long a message may make no progress.
 pub const STALL_MAX: Duration = Duration::from_secs(30);
@@ -87,12 +92,12 @@ impl Pass for Receive {
             let limit = if serve { limit() } else { LIGHT_MAX };
             let (mut parts, body) = request.into_parts();
             match receive(body, budget.reserve(), limit, serve).await {
-                Ok((mut message, reservation)) => {
+                Ok((mut message, hashing, reservation)) => {
                     let reservation = Arc::new(Mutex::new(Some(reservation)));
                     parts.extensions.insert(Received(reservation));
-                    if serve && let Some((left, binary)) = lift(&message) {
+                    if serve && let Some((left, lifted)) = lift(&message, hashing) {
                         message = left;
-                        parts.extensions.insert(Lifted(binary));
+                        parts.extensions.insert(lifted);
                     }
                     let body = Body::new(Full::new(message));
                     inner.call(Request::from_parts(parts, body)).await
@@ -108,9 +113,10 @@ async fn receive(
     mut reservation: Reservation,
     limit: u64,
     serve: bool,
-) -> Result<(Bytes, Reservation), Status> {
+) -> Result<(Bytes, Hashing, Reservation), Status> {
     let begun = Instant::now();
     let mut message = Message::default();
+    let mut hashing = Hashing::default();
     loop {
         let earned = Duration::from_secs(message.len() / RATE_MIN);
         let give_up = (Instant::now() + STALL_MAX).min(begun + STALL_MAX + earned);
@@ -128,12 +134,15 @@ async fn receive(
         if announced.max(message.len().saturating_sub(PREFIX as u64)) > limit {
             return Err(too_large(announced, limit));
         }
+        if serve && let Some(content) = message.0.get(PREFIX..) {
+            hashing.follow(content);
+        }
     }
     let message = message.0.freeze();
     if serve && light_bytes(message.slice(PREFIX.min(message.len())..)) > LIGHT_MAX {
         return Err(too_heavy());
     }
-    Ok((message, reservation))
+    Ok((message, hashing, reservation))
 }
 
 fn over_budget() -> Status {
@@ -176,12 +185,17 @@ impl Message {
 
 /// What of a request is decoded here already.
 #[derive(Clone, Debug)]
-pub struct Lifted(pub Bytes);
+pub struct Lifted {
+    /// The executable.
+    pub binary: Bytes,
+    /// Its digest, if it was made as it came.
+    pub digest: Option<Digest>,
+}
 
 /// Takes the executable out of a Serve message, so that the decoder need not copy
 /// it: what is left to decode, and the executable. `None` where the message is not
 /// just one, uncompressed, with one executable; the decoder sees to those in whole.
-fn lift(message: &Bytes) -> Option<(Bytes, Bytes)> {
+fn lift(message: &Bytes, hashing: Hashing) -> Option<(Bytes, Lifted)> {
     let (prefix, _) = message.split_first_chunk::<PREFIX>()?;
     let content = message.slice(PREFIX..);
     let announced = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
@@ -195,7 +209,8 @@ fn lift(message: &Bytes) -> Option<(Bytes, Bytes)> {
     left.put_u32(u32::try_from(rest).ok()?);
     left.extend_from_slice(&content[..field.start]);
     left.extend_from_slice(&content[field.end..]);
-    Some((left.freeze(), content.slice(binary)))
+    let digest = hashing.digest_of(&binary);
+    Some((left.freeze(), Lifted { binary: content.slice(binary), digest }))
 }
 
 #[cfg(test)]
@@ -240,7 +255,7 @@ mod tests {
                 }
             };
             let (received, ()) = tokio::join!(receive(body, budget.reserve(), 1 << 20, true), feed);
-            let (received, reservation) = received.unwrap();
+            let (received, _, reservation) = received.unwrap();
             assert_eq!(budget.used(), whole.len() as u64);
             assert_eq!(received, whole);
             drop(reservation);
@@ -256,7 +271,11 @@ mod tests {
         whole.put_u8(0);
         whole.put_u32(u32::try_from(content.len()).unwrap());
         whole.extend_from_slice(&content);
-        let Some((left, binary)) = lift(&whole.freeze()) else { return false };
+        let mut hashing = Hashing::default();
+        hashing.follow(&content);
+        let Some((left, lifted)) = lift(&whole.freeze(), hashing) else { return false };
+        let Lifted { binary, digest } = lifted;
+        assert!(digest.is_none_or(|digest| digest == Digest::of(&binary)));
         assert_eq!(left[1..PREFIX], u32::try_from(left.len() - PREFIX).unwrap().to_be_bytes());
         let expected = ServeRequest::decode(&content[..]);
         let decoded = ServeRequest::decode(left.slice(PREFIX..)).map(|request| ServeRequest {

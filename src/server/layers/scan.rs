@@ -85,9 +85,33 @@ fn light_options(mut options: Bytes) -> u64 {
     light
 }
 
+/// A field's beginning.
+pub(super) struct Key {
+    pub(super) field: u64,
+    /// Bytes or a message, not a number.
+    pub(super) is_bytes: bool,
+    /// Bytes of the key itself, its length and, of a number, its value.
+    pub(super) length: usize,
+    /// Bytes of content that follow, or will.
+    pub(super) content: usize,
+}
+
+/// The first field's beginning. `None` where that is not there in whole, or malformed.
+pub(super) fn key(message: &[u8]) -> Option<Key> {
+    let mut rest = message;
+    let (field, content) = begin(&mut rest)?;
+    let is_bytes = message.first()? & 7 == 2;
+    Some(Key { field, is_bytes, length: message.len() - rest.len(), content })
+}
+
+/// Reads a field's beginning; all of its content must be there.
+fn next(message: &mut impl Buf) -> Option<(u64, usize)> {
+    begin(message).filter(|(_, length)| *length <= message.remaining())
+}
+
 /// Reads a field's key, and how many bytes of content follow; none for numbers,
 /// which are read as well. `None` for what is malformed, and for groups.
-fn next(message: &mut impl Buf) -> Option<(u64, usize)> {
+fn begin(message: &mut impl Buf) -> Option<(u64, usize)> {
     let key = varint(message)?;
     let length = match key & 7 {
         0 => {
@@ -99,7 +123,7 @@ fn next(message: &mut impl Buf) -> Option<(u64, usize)> {
         5 => 4,
         _ => return None,
     };
-    (length <= message.remaining()).then_some((key >> 3, length))
+    Some((key >> 3, length))
 }
 
 fn varint(message: &mut impl Buf) -> Option<u64> {
