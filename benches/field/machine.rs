@@ -1,6 +1,6 @@
 //! What was measured on, and when.
 
-use std::{fs, path::Path, process::Command, thread};
+use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use serde::Serialize;
 
@@ -45,6 +45,19 @@ impl Machine {
         self.load_after = load()?;
         Ok(())
     }
+}
+
+/// How long the host's processors were busy so far, all together, proc_stat(5): whatever a
+/// run costs is in it, also what is done for it after its answer.
+pub fn busy() -> Outcome<Duration> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let all = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).unwrap_or_default();
+    // user, nice, system, idle, iowait, irq, softirq
+    let ticks: Vec<u64> = all.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    let [user, nice, system, _, _, irq, softirq, ..] = ticks[..] else {
+        return Err("/proc/stat is not as expected".into());
+    };
+    Ok(Duration::from_millis(10 * (user + nice + system + irq + softirq)))
 }
 
 /// A line of /proc/meminfo.

@@ -37,6 +37,8 @@ pub struct Row {
     pub latency: Option<Summary>,
     /// By number of callers.
     pub runs_per_s: BTreeMap<usize, f64>,
+    /// Processor time of the whole host for each run, likewise.
+    pub busy_ms_per_run: BTreeMap<usize, f64>,
 }
 
 impl Row {
@@ -164,7 +166,8 @@ impl Report {
         for callers in CALLERS {
             let _ = write!(text, "{:>9}", format!("{callers}: /s"));
         }
-        text.push_str("  leaves out\n");
+        let most = CALLERS[CALLERS.len() - 1];
+        text.push_str("   busy ms  leaves out\n");
         for row in &self.contestants {
             let latency = row.latency.as_ref();
             let times = latency.zip(spawn).map(|(latency, spawn)| latency.p50_ms / spawn);
@@ -175,7 +178,8 @@ impl Report {
             for callers in CALLERS {
                 text.push_str(&cell(row.rate(callers), 0));
             }
-            let _ = writeln!(text, "  {}", row.leaves_out);
+            text.push_str(&cell(row.busy_ms_per_run.get(&most).copied(), 2));
+            let _ = writeln!(text, "   {}", row.leaves_out);
         }
         text
     }

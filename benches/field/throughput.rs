@@ -15,6 +15,7 @@ use crate::{
     args::Args,
     client::{self, Client},
     contestant::{Contestant, DISPATCHER, Field, How, Pace, SPAWN, spawn},
+    machine,
     report::{Goal, Report},
 };
 
@@ -32,23 +33,33 @@ pub fn measure(args: &Args, field: &Field, report: &mut Report) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     for callers in CALLERS {
         eprintln!("field: throughput, {callers} callers");
-        let mut spent = vec![Duration::ZERO; field.present.len()];
+        let mut spent = vec![Spent::default(); field.present.len()];
         let runs = |contestant: &Contestant| slice(contestant.pace, args.calls, callers);
         for slice in 0..SLICES {
             for (contestant, spent) in field.present.iter().zip(&mut spent) {
                 if slice < turns(contestant.pace) {
-                    *spent += turn(&runtime, contestant, callers, runs(contestant))?;
+                    let busy = machine::busy()?;
+                    spent.time += turn(&runtime, contestant, callers, runs(contestant))?;
+                    spent.busy += machine::busy()?.saturating_sub(busy);
                 }
             }
         }
         for (contestant, spent) in field.present.iter().zip(&spent) {
-            let all = runs(contestant) * turns(contestant.pace);
-            let rate = all as f64 / spent.as_secs_f64();
-            report.row(contestant.name).runs_per_s.insert(callers, rate);
+            let all = (runs(contestant) * turns(contestant.pace)) as f64;
+            let row = report.row(contestant.name);
+            row.runs_per_s.insert(callers, all / spent.time.as_secs_f64());
+            row.busy_ms_per_run.insert(callers, spent.busy.as_secs_f64() * 1000.0 / all);
         }
         goals(report, callers);
     }
     Ok(())
+}
+
+/// What all turns of a contestant took.
+#[derive(Clone, Default)]
+struct Spent {
+    time: Duration,
+    busy: Duration,
 }
 
 fn turns(pace: Pace) -> usize {
