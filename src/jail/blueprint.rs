@@ -48,6 +48,8 @@ pub struct Blueprint {
     pub init_id: (u32, u32),
     /// The jail's file system; `None` in direct mode.
     pub root: Option<RootPlan>,
+    /// A mount namespace with an empty root to start from, where the plan has no pieces.
+    pub empty_root: Option<i32>,
     /// The host name shown; `None` without a uts namespace.
     pub host_name: Option<CString>,
     /// Bring up lo.

@@ -15,7 +15,7 @@ use super::{
     landlock, limits,
     message::{Launch, Refusal},
     namespaces::{self, Namespaces},
-    plan::{Control, Mode, Network, Template},
+    plan::{Control, Mode, Network, Root, Template},
     root::{self, DecidedRoot, Ownership},
     seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
@@ -66,6 +66,8 @@ impl Script<'_> {
 pub struct Lent<'a> {
     /// An empty network namespace, where [`Prepared::takes_empty_network`].
     pub network: Option<BorrowedFd<'a>>,
+    /// An empty root, where [`Prepared::takes_empty_root`].
+    pub root: Option<BorrowedFd<'a>>,
     /// A user namespace for its ids, where [`Prepared::takes_user_namespace`].
     pub user_namespace: Option<BorrowedFd<'a>>,
     /// See [`Blueprint::cgroups`].
@@ -124,6 +126,16 @@ impl Prepared {
         mode == Mode::Jail && facts.root && self.template.keep_capabilities.is_empty()
     }
 
+    /// Whether its runs in this mode are in an empty root, which can be any such
+    /// ([`super::empty_root`]): if so, whether with a /tmp.
+    #[must_use]
+    pub fn takes_empty_root(&self, mode: Mode, facts: &Facts) -> Option<bool> {
+        let filesystem = &self.template.filesystem;
+        let empty = filesystem.root == Root::Empty && filesystem.binds.is_empty();
+        let takes = empty && facts.enters_mounts && self.takes_user_namespace(mode, facts);
+        takes.then_some(filesystem.tmp.is_some())
+    }
+
     /// Decides one jail: what is lacking for it, what it is made of, which
     /// controls that comes to, and what init is told.
     ///
@@ -147,6 +159,10 @@ impl Prepared {
         let network = lent.network.as_ref().map(&mut lend);
         if network.is_some() {
             makings.namespaces.outer &= !(libc::CLONE_NEWNET as u64);
+        }
+        let empty_root = lent.root.as_ref().map(&mut lend);
+        if empty_root.is_some() {
+            makings.namespaces.outer &= !(libc::CLONE_NEWNS as u64);
         }
         let user_namespace = lent.user_namespace.as_ref().map(&mut lend);
         if user_namespace.is_some() {
@@ -180,6 +196,7 @@ impl Prepared {
             program_id: identities.program,
             init_id: identities.init,
             root,
+            empty_root,
             host_name: jail.then(|| CString::new(purpose.name).unwrap_or_default()),
             loopback: jail && makings.network == Network::Loopback,
             memfd_noexec,
@@ -414,7 +431,7 @@ mod tests {
 
     use super::*;
     use crate::jail::{
-        plan::{Filesystem, HostUser, Limits, Root, TemplateId},
+        plan::{Filesystem, HostUser, Limits, TemplateId},
         seccomp::profile::default_profile,
     };
 
@@ -427,6 +444,7 @@ mod tests {
             landlock_abi: 7,
             memfd_noexec: None,
             open_files: 1024,
+            enters_mounts: true,
             notify: true,
             processors: 2,
         }

@@ -28,6 +28,8 @@ pub struct Facts {
     pub memfd_noexec: Option<OwnedFd>,
     /// Hard RLIMIT_NOFILE.
     pub open_files: u64,
+    /// Whether it may enter another mount namespace, which takes CAP_SYS_CHROOT as well.
+    pub enters_mounts: bool,
     /// Whether a seccomp listener can be had (no outer tracer holds one).
     pub notify: bool,
     /// Processors online.
@@ -57,6 +59,9 @@ impl Facts {
             landlock_abi: landlock::abi_version(),
             memfd_noexec: open_memfd_noexec(),
             open_files: raise_open_files()?,
+            enters_mounts: rustix::thread::capabilities(None)?
+                .effective
+                .contains(rustix::thread::CapabilitySet::SYS_CHROOT),
             notify: listener_available()?,
             processors: std::thread::available_parallelism()
                 .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),

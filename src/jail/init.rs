@@ -172,8 +172,10 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     let host_proc = context.at(Step::Attributes, open_host_proc())?;
 
     // 8. The root. From here on the host's files are out of reach.
-    if let Some(root) = &blueprint.root {
-        mounts::enter_new_root(root, blueprint.fault)?;
+    match (&blueprint.root, blueprint.empty_root) {
+        (Some(root), None) => mounts::enter_new_root(root, blueprint.fault)?,
+        (Some(root), Some(lent)) => mounts::enter_copy_of(lent, root, blueprint.fault)?,
+        (None, _) => {}
     }
 
     // 9. Host name and loopback take capabilities over the namespaces they are

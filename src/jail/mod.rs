@@ -16,6 +16,7 @@ pub mod blueprint;
 pub mod cgroup;
 pub mod check;
 pub mod decide;
+pub mod empty_root;
 pub mod facts;
 pub mod identity;
 pub mod init;

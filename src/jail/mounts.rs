@@ -70,6 +70,51 @@ pub fn enter_new_root(plan: &RootPlan, fault: Fault) -> Result<(), StepError> {
     at(fault, Step::Readonly, 0, make_read_only())
 }
 
+/// Makes an empty root with its /dev, and places for /proc and, `with_tmp`, /tmp; and
+/// enters it. What [`enter_copy_of`] takes.
+///
+/// # Errors
+/// The step, the number of its item, and errno.
+pub fn enter_empty_root(size: &CStr, with_tmp: bool, fault: Fault) -> Result<(), StepError> {
+    at(fault, Step::Private, 0, detach_from_host())?;
+    let dev = at(fault, Step::Dev, 0, make_dev(true))?;
+    let root = at(fault, Step::Root, 0, make_root(size, with_tmp))?;
+    at(fault, Step::Pivot, 0, switch_root(&root))?;
+    at(fault, Step::Populate, 0, attach(&dev, c"dev"))?;
+    at(fault, Step::Readonly, 0, make_read_only())
+}
+
+/// Enters a copy of a mount namespace that [`enter_empty_root`] made, and adds what is
+/// the run's own. The descriptor goes.
+///
+/// # Errors
+/// As above.
+pub fn enter_copy_of(namespace: RawFd, plan: &RootPlan, fault: Fault) -> Result<(), StepError> {
+    // While a whole /proc can be seen: without one, root of a user namespace may mount
+    // none (`mount_too_revealing`, fs/namespace.c).
+    let proc = at(fault, Step::Proc, 0, make_proc())?;
+    let tmp = match &plan.tmp {
+        Some(tmp) => Some(at(fault, Step::Tmp, 0, make_tmp(tmp))?),
+        None => None,
+    };
+    at(fault, Step::EnterRoot, 0, enter_copy(namespace))?;
+    at(fault, Step::Populate, 0, attach(&proc, c"proc"))?;
+    if let Some(tmp) = tmp {
+        at(fault, Step::Populate, 0, attach(&tmp, c"tmp"))?;
+    }
+    Ok(())
+}
+
+/// Entering one makes its root the working directory, setns(2); so does copying it.
+fn enter_copy(namespace: RawFd) -> io::Result<()> {
+    let namespace = reclaim(namespace);
+    rustix::thread::move_into_link_name_space(
+        namespace.as_fd(),
+        Some(rustix::thread::LinkNameSpaceType::Mount),
+    )?;
+    crate::sys::unshare(rustix::thread::UnshareFlags::NEWNS)
+}
+
 fn at<T>(fault: Fault, step: Step, index: usize, result: io::Result<T>) -> Result<T, StepError> {
     let error = |errno| StepError { step, index: index as u16, errno };
     if fault.hits(step) {
@@ -379,6 +424,7 @@ fn leak(fd: OwnedFd) -> RawFd {
 }
 
 fn reclaim(fd: RawFd) -> OwnedFd {
-    // SAFETY: the number came from `leak` and is reclaimed once.
+    // SAFETY: the number came from `leak`, or is one of init's `keep` that it was told to
+    // take; it is reclaimed once.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -115,11 +115,14 @@ impl EmptyNetworks {
         made
     }
 
-    /// Takes one back whose run is gone; keeps it if nothing is left in it.
-    pub fn give_back(&mut self, network: EmptyNetwork) {
-        if self.kept.len() < KEPT_MAX && network.is_empty() {
+    /// Takes one back whose run is gone; keeps it if nothing is left in it, and says
+    /// whether that is so.
+    pub fn give_back(&mut self, network: EmptyNetwork) -> bool {
+        let is_empty = network.is_empty();
+        if is_empty && self.kept.len() < KEPT_MAX {
             self.kept.push(network);
         }
+        is_empty
     }
 }
 

@@ -26,6 +26,7 @@ use std::{
 use super::{
     cgroup::Cgroup,
     decide::Prepared,
+    empty_root::EmptyRoot,
     identity::{self, HostIds, IdMap},
     message::{Launch, LaunchFds, StopCause, WaitStatus},
     network::EmptyNetwork,
@@ -48,9 +49,9 @@ const CPU_STEP_MIN: Duration = Duration::from_millis(10);
 /// Most time between two: a clock that stood still must not hide it.
 const CPU_STEP_MAX: Duration = Duration::from_secs(60);
 /// What the launcher has open for a run at most: init's pidfd, the control socket,
-/// the listener, the cgroup's directory and its memory peak, its namespaces; and,
-/// until the program is started, what the launch brought.
-const OPEN: usize = 6 + EmptyNetwork::DESCRIPTORS;
+/// the listener, its user namespace, and what it is lent; and, until the program is
+/// started, what the launch brought.
+const OPEN: usize = 4 + Cgroup::DESCRIPTORS + EmptyNetwork::DESCRIPTORS + EmptyRoot::DESCRIPTORS;
 const BROUGHT: usize = 5;
 
 /// Where a run stands.
@@ -71,6 +72,8 @@ pub enum Phase {
 /// One run.
 #[derive(Debug)]
 pub struct Run {
+    /// Which it is, to the launcher and its init.
+    pub serial: u64,
     /// Where it stands.
     pub phase: Phase,
     /// Its host ids; given back when it is gone.
@@ -79,6 +82,8 @@ pub struct Run {
     pub cgroup: Option<Cgroup>,
     /// The network namespace that it has for its time.
     pub network: Option<EmptyNetwork>,
+    /// The empty root likewise.
+    pub root: Option<EmptyRoot>,
     /// The user namespace likewise.
     pub user_namespace: Option<OwnedFd>,
     /// Init; readable when it is dead, and with it all of the pid namespace.
@@ -121,6 +126,8 @@ pub struct Run {
 /// What a run is made of, once init has been cloned.
 #[derive(Debug)]
 pub struct Parts {
+    /// See [`Run`].
+    pub serial: u64,
     /// Its name in logs, of its cgroups and its host.
     pub name: String,
     /// See [`Run`].
@@ -129,6 +136,8 @@ pub struct Parts {
     pub cgroup: Cgroup,
     /// See [`Run`].
     pub network: Option<EmptyNetwork>,
+    /// See [`Run`].
+    pub root: Option<EmptyRoot>,
     /// See [`Run`].
     pub user_namespace: Option<OwnedFd>,
     /// Init.
@@ -190,10 +199,12 @@ impl Run {
     #[must_use]
     pub fn new(parts: Parts, now: Instant) -> Self {
         Self {
+            serial: parts.serial,
             phase: Phase::Building,
             ids: parts.ids,
             cgroup: Some(parts.cgroup),
             network: parts.network,
+            root: parts.root,
             user_namespace: parts.user_namespace,
             pidfd: parts.pidfd,
             control: parts.control,

@@ -69,6 +69,8 @@ steps! {
     Dev = "dev",
     /// Make /tmp.
     Tmp = "tmp",
+    /// Enter a copy of an empty root that the launcher made.
+    EnterRoot = "enter_root",
     /// Make the root.
     Root = "root",
     /// Switch to it and leave the host's behind.

@@ -15,13 +15,14 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 7] = [
+const PROGRAMS: [(&str, &str, &[&str]); 8] = [
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
     ("facts", "facts.c", &["-static"]),
     ("hog", "hog.c", &["-static"]),
     ("attack", "attack.c", &["-static"]),
+    ("leave", "leave.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
 ];

@@ -17,6 +17,7 @@
 mod files;
 mod hierarchy;
 mod instance;
+mod kept;
 mod layout;
 mod mend;
 mod place;
@@ -34,6 +35,7 @@ mod tests;
 use std::{io, path::PathBuf};
 
 pub use hierarchy::Hierarchy;
+pub use kept::KeptCgroups;
 pub use run::Cgroup;
 pub use usage::{CpuUsage, Usage};
 

@@ -19,6 +19,12 @@ use super::{
 };
 use crate::jail::message::Oom;
 
+/// Tasks of the smallest run: init and the program.
+const FEWEST: u64 = 2;
+/// Bytes that may still be charged to a cgroup that is used again. The kernel gives
+/// back what a run's objects took a little later than the run ends.
+const CHARGED_MAX: u64 = 64 << 10;
+
 /// One run's cgroup. Dropping it leaves the directories: [`Cgroup::remove`] them.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -33,6 +39,10 @@ pub struct Cgroup {
     cpu_baseline: CpuUsage,
     /// v2 from Linux 6.12: counts from the program's start.
     fresh_peak: Option<File>,
+    /// What it was made with, where all of that is in force and was not changed since.
+    limits: Option<CgroupLimits>,
+    /// It was killed as a whole.
+    killed: Cell<bool>,
     /// The most that was seen by looking, where the kernel keeps no peak.
     seen: Cell<Seen>,
 }
@@ -52,6 +62,9 @@ struct Seen {
 }
 
 impl Cgroup {
+    /// Most descriptors that one has open: its directory and a fresh peak.
+    pub const DESCRIPTORS: usize = 2;
+
     /// Makes the directories.
     pub(super) fn make(hierarchy: &Hierarchy, name: &str) -> Result<Self, CgroupError> {
         let mut cgroup = Self {
@@ -62,6 +75,8 @@ impl Cgroup {
             swap_by_absence: false,
             cpu_baseline: CpuUsage::default(),
             fresh_peak: None,
+            limits: None,
+            killed: Cell::new(false),
             seen: Cell::default(),
         };
         for source in hierarchy.directories(name) {
@@ -79,6 +94,7 @@ impl Cgroup {
         hierarchy: &Hierarchy,
         limits: &CgroupLimits,
     ) -> Vec<(Control, Reason)> {
+        let first = self.enforced.is_empty();
         self.enforced.clear();
         let memory = self.source(Controller::Memory);
         let memory = memory.map(|source| (source.kind, source.path.as_path()));
@@ -96,6 +112,7 @@ impl Cgroup {
         if self.cpu_source().is_some() {
             self.enforced.push(Control::CpuTime);
         }
+        self.limits = (first && refused.is_empty()).then_some(*limits);
         refused
     }
 
@@ -217,6 +234,7 @@ impl Cgroup {
     /// kill init, whose pid namespace takes the others along.
     #[must_use]
     pub fn kill(&self) -> bool {
+        self.killed.set(true);
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
@@ -268,19 +286,21 @@ impl Cgroup {
     /// after the wait status was seen: the count is complete by then.
     #[must_use]
     pub fn oom(&self) -> Oom {
-        match self.oom_counts() {
+        match self.oom_counts().unwrap_or_default() {
             OomCounts { kills: 0, .. } => Oom::None,
             OomCounts { own_limit: true, .. } => Oom::Own,
             OomCounts { own_limit: false, .. } => Oom::Host,
         }
     }
 
-    fn oom_counts(&self) -> OomCounts {
-        let counts = self.source(Controller::Memory).map(|memory| match memory.kind {
+    /// `None` where they can't be read.
+    fn oom_counts(&self) -> Option<OomCounts> {
+        let memory = self.source(Controller::Memory)?;
+        let counts = match memory.kind {
             Kind::Unified => v2::oom(&memory.path),
             Kind::Legacy => v1::oom(&memory.path),
-        });
-        counts.and_then(Result::ok).unwrap_or_default()
+        };
+        counts.ok()
     }
 
     /// Removes its directories.
@@ -300,6 +320,41 @@ impl Cgroup {
             gone &= files::remove(&source.path).is_ok();
         }
         if gone { Ok(()) } else { Err(self) }
+    }
+
+    /// Whether it was made with these limits, and has them still.
+    pub(super) fn has_limits(&self, limits: &CgroupLimits) -> bool {
+        self.limits.as_ref() == Some(limits)
+    }
+
+    /// Whether it can be made as good as new: see [`super::kept`]. To be asked when its
+    /// run is gone: nothing comes into it any more.
+    pub(super) fn is_reusable(&self) -> bool {
+        let counts = |source: &Source| source.kind.is_unified() && !source.controllers.is_empty();
+        if self.limits.is_none() || self.killed.get() || self.sources.iter().any(counts) {
+            return false;
+        }
+        let Some(pids) = self.source(Controller::Pids) else { return false };
+        let pids = |file| files::number(&pids.path, file).ok();
+        // Without a peak of the kernel's, it is what was seen, and forgotten.
+        let few = !self.features.pids_peak || pids("pids.peak").is_some_and(|peak| peak <= FEWEST);
+        few && pids("pids.current") == Some(0)
+            && self.oom_counts().is_some_and(|counts| counts.kills == 0)
+    }
+
+    /// Makes one that is reusable as good as new. False where too much is charged to it
+    /// still, or that can't be told.
+    pub(super) fn renew(&mut self) -> bool {
+        let memory = self.source(Controller::Memory);
+        let charged = memory.map(|memory| files::number(&memory.path, "memory.usage_in_bytes"));
+        if !charged.is_some_and(|bytes| bytes.is_ok_and(|bytes| bytes <= CHARGED_MAX)) {
+            return false;
+        }
+        self.cpu_baseline = CpuUsage::default();
+        self.seen = Cell::default();
+        let limits_cpus = self.limits.is_some_and(|limits| limits.cpus.finite().is_some());
+        let cpu = self.source(Controller::Cpu).filter(|_| limits_cpus);
+        cpu.is_none_or(|cpu| v1::refill_cpu(&cpu.path).is_ok())
     }
 
     /// Notes what there is now, where the kernel keeps no peak.

@@ -178,6 +178,76 @@ fn kill_and_remove(hierarchy: &Hierarchy) {
     remove(cgroup);
 }
 
+/// A child that ends at once, in a cgroup that is then handed over to be kept.
+fn use_once(kept: &mut KeptCgroups, cgroup: Cgroup, body: fn()) -> usize {
+    Child::run(&cgroup, body).wait();
+    assert!(kept.give_back(cgroup).is_ok(), "nobody is in it");
+    kept.kept()
+}
+
+#[test]
+fn one_of_v1_is_used_again_as_good_as_new() {
+    let Some(host) = Host::open("kept", &CONTROLS) else { return };
+    let mut kept = KeptCgroups::default();
+    let create = |name| host.hierarchy.create(name, &limits(), &[]).unwrap();
+    let again = use_once(&mut kept, create("run"), || touch(8 << 20)) == 1;
+    assert_eq!(again, !host.memory_directory().0.is_unified(), "on v1 alone");
+    if again {
+        let other = CgroupLimits { pids: Limit::At(17), ..limits() };
+        assert!(kept.take(&other).is_none(), "its limits are others");
+        let mut taken = None;
+        until("what was charged to it is given back", || {
+            taken = kept.take(&limits());
+            taken.is_some()
+        });
+        let mut cgroup = taken.unwrap();
+        assert_eq!(cgroup.enforced().len(), CONTROLS.len());
+        cgroup.start_measuring().unwrap();
+        let usage = cgroup.usage();
+        assert!(usage.memory_peak < MIB && usage.pids_peak <= 1, "{usage:?}");
+        assert!(usage.user + usage.system < Duration::from_millis(1), "{usage:?}");
+        assert_eq!(use_once(&mut kept, cgroup, || touch(4 << 20)), 1, "and once more");
+        kept.let_one_go().unwrap();
+    }
+    host.close();
+}
+
+#[test]
+fn one_whose_counters_would_tell_of_its_last_run_is_not_used_again() {
+    let Some(host) = Host::open("spent", &CONTROLS) else { return };
+    let mut kept = KeptCgroups::default();
+    let create = || host.hierarchy.create("run", &limits(), &[]).unwrap();
+    assert_eq!(use_once(&mut kept, create(), hog), 0, "somebody was killed for want of memory");
+    assert_eq!(use_once(&mut kept, create(), fork_three), 0, "there were more tasks");
+    let mut tightened = create();
+    let less = CgroupLimits { memory: Limit::At(16 * MIB), ..limits() };
+    host.hierarchy.limit(&mut tightened, &less, &[]).unwrap();
+    assert_eq!(use_once(&mut kept, tightened, || ()), 0, "its limits were changed");
+    let killed = create();
+    assert!(killed.kill());
+    assert_eq!(use_once(&mut kept, killed, || ()), 0, "the kernel would kill again");
+    host.close();
+}
+
+/// Three children at once.
+fn fork_three() {
+    let mut children = [0; 3];
+    for child in &mut children {
+        // SAFETY: the child only waits for a signal.
+        *child = unsafe { libc::fork() };
+        if *child == 0 {
+            pause_forever();
+        }
+    }
+    for child in children {
+        // SAFETY: plain numbers; the status is not asked for.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
 #[test]
 fn a_child_can_be_cloned_into_it() {
     let Some(host) = Host::open("clone", &[Control::CgroupKill]) else { return };

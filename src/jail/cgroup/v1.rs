@@ -53,6 +53,13 @@ pub(super) fn reset_memory_peak(memory: &Path) -> io::Result<()> {
     }
 }
 
+/// Gives all of its share of this period back, whatever was used of it, and holds nobody
+/// back any more: writing the quota does, `tg_set_cfs_bandwidth`, kernel/sched/core.c.
+pub(super) fn refill_cpu(cpu: &Path) -> io::Result<()> {
+    let quota = files::number(cpu, "cpu.cfs_quota_us")?;
+    files::write(cpu, "cpu.cfs_quota_us", &quota.to_string())
+}
+
 /// Memory kills, and whether its own limit was reached: `failcnt` also counts
 /// mere reclaim, hence the peak is compared with the limit.
 pub(super) fn oom(memory: &Path) -> io::Result<OomCounts> {

@@ -31,7 +31,11 @@ use crate::jail::{
 };
 
 /// Most jails that wait for one template's calls.
-const EACH_MAX: usize = 16;
+const EACH_MAX: usize = 32;
+/// Most that are begun at once: what comes in meanwhile waits for them.
+const BATCH: usize = 4;
+/// Fewest that are wanted of a busy template.
+const EACH_BUSY: usize = 16;
 /// Fewest that are wanted of a template that is called.
 const EACH_MIN: usize = 2;
 /// Calls in one [`REVIEW`] that make a template a busy one.
@@ -85,7 +89,7 @@ struct Jail {
 }
 
 /// What of the host a root shows.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Shown {
     files: Vec<root::Seen>,
     mounts: u64,
@@ -180,10 +184,12 @@ impl Demand {
         if self.idle > IDLE_REVIEWS {
             return 0;
         }
+        let peak = self.peak.max(self.last_peak);
         if self.calls.max(self.last_calls) >= BUSY {
-            return EACH_MAX;
+            // Two steps, lest it be another number after each review.
+            return if 2 * peak <= EACH_BUSY { EACH_BUSY } else { EACH_MAX };
         }
-        (self.peak.max(self.last_peak) + 1).clamp(EACH_MIN, EACH_MAX)
+        (peak + 1).clamp(EACH_MIN, EACH_MAX)
     }
 
     fn fill_up(&mut self) {
@@ -250,7 +256,8 @@ impl Launcher {
         if self.ahead.review_at.is_some_and(|at| at <= now) {
             self.review_ahead(now);
         }
-        if self.ahead.count() >= self.most_ahead() {
+        let most = self.most_ahead();
+        if self.ahead.count() >= most {
             return false;
         }
         let wants = |demand: &Demand| {
@@ -268,17 +275,21 @@ impl Launcher {
             return false;
         };
         let (key, prepared) = (key.clone(), Rc::clone(&demand.prepared));
+        let lacking = (demand.wanted() - demand.jails.len()).min(most - self.ahead.count());
+        let count = if demand.filling { lacking.min(BATCH) } else { 1 };
+        // Before they are built: what changes meanwhile is a change.
         let shown = self.ahead.shown(&prepared.template.filesystem);
-        let built = self.build(&prepared, key.1, None);
-        let Some(demand) = self.ahead.demands.get_mut(&key) else { return true };
-        match built {
-            Ok(serial) => {
-                demand.retry_at = None;
-                demand.jails.push_back(Jail { serial, shown });
-                demand.fill_up();
+        for built in self.build_for_later(&prepared, key.1, count) {
+            let Some(demand) = self.ahead.demands.get_mut(&key) else { return true };
+            match built {
+                Ok(serial) => {
+                    demand.retry_at = None;
+                    demand.jails.push_back(Jail { serial, shown: shown.clone() });
+                    demand.fill_up();
+                }
+                // A call that needs one is told why it can't be had.
+                Err(_) => demand.back_off(now),
             }
-            // A call that needs one is told why it can't be had.
-            Err(_) => demand.back_off(now),
         }
         true
     }

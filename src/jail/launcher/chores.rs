@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Launcher;
+use super::{Launcher, Leftover};
 
 /// When nothing has happened for so long, it is quiet.
 const QUIET: Duration = Duration::from_millis(5);
@@ -21,8 +21,9 @@ impl Launcher {
         let quiet = self.last_heard + QUIET;
         let build = self.ahead.due(self.most_ahead(), now, quiet);
         let remains = !self.gone.is_empty() || !self.over.is_empty();
-        let free = remains.then(|| if self.hurries() { now } else { quiet });
-        let spare = self.networks.kept() + self.ids.kept() > 0;
+        let at_once = self.hurries() || self.is_crowded(now);
+        let free = remains.then(|| if at_once { now } else { quiet });
+        let spare = self.kept() > 0;
         build.into_iter().chain(free).chain(spare.then_some(quiet)).min()
     }
 
@@ -32,10 +33,21 @@ impl Launcher {
         self.hurried || self.ending.is_some()
     }
 
+    /// Whether calls come several at a time. Then there is no call to be left undisturbed,
+    /// and what is put off would only come at a worse moment.
+    pub(super) fn is_crowded(&self, now: Instant) -> bool {
+        self.crowded_until > now
+    }
+
     /// Does one thing, so that what comes in meanwhile waits for no more than that.
     pub(super) fn do_a_chore(&mut self) {
         let now = Instant::now();
         let is_quiet = now >= self.last_heard + QUIET;
+        if self.is_crowded(now) && !is_quiet {
+            while self.free_one() {}
+            self.build_ahead(now, true);
+            return;
+        }
         if (is_quiet || self.hurries()) && self.free_one() {
             return;
         }
@@ -47,12 +59,23 @@ impl Launcher {
         }
     }
 
-    /// Closes a namespace that was kept for a next run. False where there is none.
+    /// How much is kept for a next run; each has that many descriptors, or one more.
+    fn kept(&self) -> usize {
+        self.networks.kept() + self.ids.kept() + self.roots.kept() + self.cgroups.kept()
+    }
+
+    /// Lets go of something that was kept for a next run. False where there is nothing.
     pub(super) fn let_one_go(&mut self) -> bool {
         if self.networks.kept() > 0 {
             self.networks.let_one_go();
         } else if self.ids.kept() > 0 {
             self.ids.let_one_go();
+        } else if self.roots.kept() > 0 {
+            self.roots.let_one_go();
+        } else if self.cgroups.kept() > 0 {
+            if let Err(cgroup) = self.cgroups.let_one_go() {
+                self.quarantine(Leftover { cgroup, ids: None, run: None });
+            }
         } else {
             return false;
         }

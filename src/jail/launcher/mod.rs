@@ -30,8 +30,9 @@ mod watch;
 
 use self::ahead::Ahead;
 use super::{
-    cgroup::{Cgroup, Hierarchy},
+    cgroup::{Cgroup, Hierarchy, KeptCgroups},
     decide::Prepared,
+    empty_root::{EmptyRoot, EmptyRoots},
     facts::Facts,
     identity::{HostIds, IdPool},
     message::{FromMonitor, LauncherConfig, MESSAGE_MAX},
@@ -57,12 +58,12 @@ const OUTBOX_MAX: usize = 65_536;
 /// Descriptors that runs leave to the launcher itself: what it has open for good, a
 /// packet's worth ([`sys::FDS_MAX`]), and what it opens for a moment to make a run.
 const OWN_DESCRIPTORS: usize = 64 + sys::FDS_MAX;
-/// How many a cgroup in quarantine has open: its directory and its memory peak.
-const LEFTOVER_DESCRIPTORS: usize = 2;
 /// How long word of a start waits for word of the end, to go with it.
 const START_WORD: Duration = Duration::from_millis(2);
 /// Runs that may be answered for while their init is still going.
 const GOING_MAX: usize = 64;
+/// How long calls are taken to come several at a time after some did.
+const CROWD: Duration = Duration::from_millis(50);
 /// How long everything may take to be gone when the launcher is told to end.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often something in quarantine is looked at again.
@@ -161,6 +162,7 @@ struct Remains {
     cgroup: Option<Cgroup>,
     ids: Option<HostIds>,
     network: Option<EmptyNetwork>,
+    root: Option<EmptyRoot>,
     user_namespace: Option<OwnedFd>,
     /// Whose release the server would have to be told.
     run: Option<RunId>,
@@ -172,6 +174,7 @@ impl Remains {
             cgroup: run.cgroup,
             ids: run.ids,
             network: run.network,
+            root: run.root,
             user_namespace: run.user_namespace,
             run: None,
         }
@@ -194,8 +197,10 @@ struct Launcher {
     bell: (OwnedFd, OwnedFd),
     facts: Facts,
     hierarchy: Hierarchy,
+    cgroups: KeptCgroups,
     ids: IdPool,
     networks: EmptyNetworks,
+    roots: EmptyRoots,
     ahead: Ahead,
     sets: VecDeque<LoadedSet>,
     runs: HashMap<u64, Run>,
@@ -218,6 +223,8 @@ struct Launcher {
     gone: VecDeque<Remains>,
     /// When anything last happened.
     last_heard: Instant,
+    /// Until when calls are taken to come several at a time.
+    crowded_until: Instant,
     leftovers: Vec<Leftover>,
     /// When they are looked at again.
     leftovers_due: Option<Instant>,
@@ -248,8 +255,10 @@ impl Launcher {
             bell,
             facts,
             hierarchy,
+            cgroups: KeptCgroups::default(),
             ids: IdPool::new(config.uid_range),
             networks: EmptyNetworks::new().map_err(|error| format!("network: {error}"))?,
+            roots: EmptyRoots::default(),
             ahead: Ahead::new()?,
             sets: VecDeque::new(),
             runs: HashMap::new(),
@@ -265,6 +274,7 @@ impl Launcher {
             over: VecDeque::new(),
             gone: VecDeque::new(),
             last_heard: Instant::now(),
+            crowded_until: Instant::now(),
             leftovers: Vec::new(),
             leftovers_due: None,
             buffer: vec![0; MESSAGE_MAX],
@@ -295,7 +305,7 @@ impl Launcher {
                 self.on_event(Source::of(token));
             }
             self.on_time(Instant::now());
-            if idle || self.hurries() {
+            if idle || self.hurries() || self.is_crowded(self.last_heard) {
                 self.do_a_chore();
             }
             if let Some(deadline) = self.ending {

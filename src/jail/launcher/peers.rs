@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Instant};
 use rustix::event::epoll::{self, EventFlags};
 
 use super::{
-    FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, START_WORD, Source, log,
+    CROWD, FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, START_WORD, Source, log,
 };
 use crate::{
     jail::{
@@ -123,11 +123,16 @@ impl Launcher {
             self.flush();
         }
         // A batch at a time: runs and the monitor want their turn too.
-        for _ in 0..16 {
+        for index in 0..16 {
             let Some(server) = &self.server else { return };
             match sys::receive_bytes(server, &mut self.buffer) {
                 Ok(Some(packet)) => match postcard::from_bytes(&self.buffer[..packet.length]) {
-                    Ok(message) => self.on_server_message(message, packet.descriptors),
+                    Ok(message) => {
+                        if index > 0 {
+                            self.crowded_until = Instant::now() + CROWD;
+                        }
+                        self.on_server_message(message, packet.descriptors);
+                    }
                     Err(error) => log(&format!("the server's message can't be read: {error}")),
                 },
                 Ok(None) => return self.drop_server(),

@@ -10,12 +10,13 @@ use std::{
     time::Instant,
 };
 
-use super::{LEFTOVER_DESCRIPTORS, Launcher, OWN_DESCRIPTORS, log};
+use super::{Launcher, OWN_DESCRIPTORS, log};
 use crate::{
     jail::{
         cgroup::{Cgroup, CgroupError, CgroupLimits, Hierarchy, Lack},
         check::{self, Checked},
         decide::{Decided, Lent, Prepared, Purpose, Script},
+        empty_root::{self, EmptyRoot},
         identity::HostIds,
         init,
         message::{Exhausted, FromLauncher, Launch, LaunchFds, Refusal, StopCause},
@@ -32,12 +33,67 @@ use crate::{
 /// `run-` and eight digits: the jail's host name, which isn't the host's.
 const HOST_NAME_LEN: usize = 12;
 
-/// A cloned init.
-struct Init {
-    pid: i32,
-    pidfd: OwnedFd,
-    /// Our end of its socket.
-    control: OwnedFd,
+/// What a jail is built for.
+pub(super) enum BuiltFor<'a> {
+    /// A call that waits for it; its `#!` executable is part of the root.
+    Call(Option<Script<'a>>),
+    /// Whichever call comes.
+    Later,
+}
+
+/// What a jail has for its time, and is given back of it.
+struct Loan {
+    ids: Option<HostIds>,
+    network: Option<EmptyNetwork>,
+    root: Option<EmptyRoot>,
+}
+
+/// A jail of which all is there but its init.
+struct Ready {
+    serial: u64,
+    name: String,
+    prepared: Rc<Prepared>,
+    loan: Loan,
+    cgroup: Cgroup,
+    decided: Decided,
+    open: OpenForInit,
+}
+
+/// What is open for init until it has been cloned.
+struct OpenForInit {
+    /// This one stays, for the next run of the same ids.
+    user_namespace: Option<OwnedFd>,
+    _cgroups: Vec<OwnedFd>,
+    control: ControlSocket,
+}
+
+/// Both ends of the socket between launcher and init.
+struct ControlSocket {
+    ours: OwnedFd,
+    theirs: OwnedFd,
+}
+
+impl Ready {
+    fn into_run(self, pid: i32, pidfd: OwnedFd) -> Run {
+        let Loan { ids, network, root } = self.loan;
+        let parts = Parts {
+            serial: self.serial,
+            name: self.name,
+            ids,
+            cgroup: self.cgroup,
+            network,
+            root,
+            user_namespace: self.open.user_namespace,
+            pid,
+            pidfd,
+            control: self.open.control.ours,
+            prepared: self.prepared,
+            namespaces: self.decided.namespaces,
+            map: self.decided.map,
+            enforced: self.decided.enforced,
+        };
+        Run::new(parts, Instant::now())
+    }
 }
 
 /// Why a jail didn't take a call.
@@ -81,7 +137,7 @@ impl Launcher {
             }
         }
         let script = script(&call.launch, &fds);
-        let serial = self.build(&prepared, call.launch.mode, script)?;
+        let serial = self.build(&prepared, call.launch.mode, BuiltFor::Call(script))?;
         match self.assign(serial, call, fds, &checked) {
             Ok(()) => Ok(()),
             Err(Unassigned::Refused(refusal)) => Err(refusal),
@@ -93,12 +149,53 @@ impl Launcher {
     }
 
     /// Begins to build a jail, with the template's own limits.
-    pub(super) fn build(
+    fn build(
         &mut self,
         prepared: &Rc<Prepared>,
         mode: Mode,
-        script: Option<Script<'_>>,
+        built_for: BuiltFor<'_>,
     ) -> Result<u64, Refusal> {
+        let ready = self.prepare(prepared, mode, built_for)?;
+        let cloned = self.clone_init(&ready);
+        self.enter(ready, cloned)
+    }
+
+    /// Begins to build `count` jails for whichever call comes.
+    ///
+    /// After a clone each page that we write to is copied first, as long as the child has it
+    /// too. So nothing is written between the clones: it is the same few pages for all.
+    pub(super) fn build_for_later(
+        &mut self,
+        prepared: &Rc<Prepared>,
+        mode: Mode,
+        count: usize,
+    ) -> Vec<Result<u64, Refusal>> {
+        let mut built = Vec::with_capacity(count);
+        let mut ready = Vec::with_capacity(count);
+        for _ in 0..count {
+            match self.prepare(prepared, mode, BuiltFor::Later) {
+                Ok(one) => ready.push(one),
+                Err(refusal) => {
+                    built.push(Err(refusal));
+                    break;
+                }
+            }
+        }
+        let mut cloned = Vec::with_capacity(ready.len());
+        cloned.extend(ready.iter().map(|one| self.clone_init(one)));
+        for (one, cloned) in ready.into_iter().zip(cloned) {
+            built.push(self.enter(one, cloned));
+        }
+        built
+    }
+
+    /// Makes and takes all that a jail needs, but its init.
+    fn prepare(
+        &mut self,
+        prepared: &Rc<Prepared>,
+        mode: Mode,
+        built_for: BuiltFor<'_>,
+    ) -> Result<Ready, Refusal> {
         while !self.has_descriptors_for(&prepared.template) && self.let_one_go() {}
         if !self.has_descriptors_for(&prepared.template) {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
@@ -107,16 +204,31 @@ impl Launcher {
             true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
             false => None,
         };
-        let made = self
-            .take_network(prepared, mode)
-            .and_then(|network| self.make(prepared, mode, script, ids, network));
-        match made {
-            Ok(run) => Ok(self.register(run)),
-            Err(refusal) => {
-                if let Some(ids) = ids {
+        let ready = self.take_network(prepared, mode).and_then(|network| {
+            let root = self.take_root(prepared, mode, &built_for)?;
+            let script = match built_for {
+                BuiltFor::Call(script) => script,
+                BuiltFor::Later => None,
+            };
+            self.make(prepared, mode, script, Loan { ids, network, root })
+        });
+        if let (Err(_), Some(ids)) = (&ready, ids) {
+            self.ids.give_back(ids, None);
+        }
+        ready
+    }
+
+    /// A prepared jail becomes a run, once its init was cloned.
+    fn enter(&mut self, ready: Ready, cloned: Result<Cloned, StepError>) -> Result<u64, Refusal> {
+        match cloned {
+            Ok(Cloned::Child) => unreachable!("init never comes here"),
+            Ok(Cloned::Parent(pid, pidfd)) => Ok(self.register(ready.into_run(pid, pidfd))),
+            Err(error) => {
+                self.discard(ready.cgroup);
+                if let Some(ids) = ready.loan.ids {
                     self.ids.give_back(ids, None);
                 }
-                Err(refusal)
+                Err(run::refusal(error))
             }
         }
     }
@@ -125,9 +237,11 @@ impl Launcher {
     /// without one it could neither hear of a run's end nor start another.
     pub(super) fn has_descriptors_for(&self, template: &Template) -> bool {
         let runs: usize = self.runs.values().map(Run::descriptors).sum();
-        let leftovers = LEFTOVER_DESCRIPTORS * self.leftovers.len();
-        let kept = EmptyNetwork::DESCRIPTORS * self.networks.kept() + self.ids.kept();
-        let held = OWN_DESCRIPTORS + kept + runs + leftovers;
+        let kept = EmptyNetwork::DESCRIPTORS * self.networks.kept()
+            + EmptyRoot::DESCRIPTORS * self.roots.kept()
+            + self.ids.kept()
+            + Cgroup::DESCRIPTORS * (self.cgroups.kept() + self.leftovers.len());
+        let held = OWN_DESCRIPTORS + kept + runs;
         u64::try_from(held + Run::descriptors_needed(template))
             .is_ok_and(|all| all <= self.facts.open_files)
     }
@@ -147,82 +261,125 @@ impl Launcher {
             .map_err(|error| run::refusal(step_error(Step::NetworkNamespace)(error)))
     }
 
+    /// An empty root for a jail that can have one. One is made only for later: a call that
+    /// waits has its root made by init at once.
+    fn take_root(
+        &mut self,
+        prepared: &Prepared,
+        mode: Mode,
+        built_for: &BuiltFor<'_>,
+    ) -> Result<Option<EmptyRoot>, Refusal> {
+        let Some(with_tmp) = prepared.takes_empty_root(mode, &self.facts) else { return Ok(None) };
+        match built_for {
+            BuiltFor::Call(Some(_)) => Ok(None),
+            BuiltFor::Call(None) => Ok(self.roots.take(with_tmp)),
+            BuiltFor::Later => match self.roots.take(with_tmp) {
+                None => empty_root::make(with_tmp, self.fault).map(Some).map_err(run::refusal),
+                kept => Ok(kept),
+            },
+        }
+    }
+
     fn make(
         &mut self,
         prepared: &Rc<Prepared>,
         mode: Mode,
         script: Option<Script<'_>>,
-        ids: Option<HostIds>,
-        network: Option<EmptyNetwork>,
-    ) -> Result<Run, Refusal> {
+        loan: Loan,
+    ) -> Result<Ready, Refusal> {
         let template = &prepared.template;
         // Not the call's id, which its jail may be older than; the same for nobody.
         let id = RunId::random().map_err(|error| run::refusal(step_error(Step::Clone)(error)))?;
         let name = format!("run-{id}");
-        let serial = self.next_serial;
+        let serial = self.next_serial();
         let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], serial, script };
         self.inject(Step::Idmap)?;
         self.inject(Step::Cgroup)?;
-        let cgroup = self
-            .hierarchy
-            .create(&name, &limits(template, None), &template.best_effort)
-            .map_err(cgroup_refusal)?;
+        let cgroup = self.take_cgroup(&name, template)?;
         if let Err(control) = cgroup_controls(&cgroup, template) {
             self.discard(cgroup);
             return Err(lacking(&self.hierarchy, control));
         }
-        let cloned = self.clone_jail(prepared, &purpose, ids, network.as_ref(), &cgroup);
-        let (decided, Init { pid, pidfd, control }, user_namespace) = match cloned {
-            Ok(cloned) => cloned,
+        match self.decide(prepared, &purpose, &loan, &cgroup) {
+            Ok((decided, open)) => Ok(Ready {
+                serial,
+                name,
+                prepared: Rc::clone(prepared),
+                loan,
+                cgroup,
+                decided,
+                open,
+            }),
             Err(refusal) => {
                 self.discard(cgroup);
-                return Err(refusal);
+                Err(refusal)
             }
-        };
-        let parts = Parts {
-            name,
-            ids,
-            cgroup,
-            network,
-            user_namespace,
-            pid,
-            pidfd,
-            control,
-            prepared: Rc::clone(prepared),
-            namespaces: decided.namespaces,
-            map: decided.map,
-            enforced: decided.enforced,
-        };
-        Ok(Run::new(parts, Instant::now()))
+        }
     }
 
-    /// Decides a jail and clones its init; also gives the user namespace that it was lent.
-    fn clone_jail(
+    fn next_serial(&mut self) -> u64 {
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        serial
+    }
+
+    fn take_cgroup(&mut self, name: &str, template: &Template) -> Result<Cgroup, Refusal> {
+        let limits = limits(template, None);
+        match self.cgroups.take(&limits) {
+            Some(cgroup) => Ok(cgroup),
+            None => {
+                self.hierarchy.create(name, &limits, &template.best_effort).map_err(cgroup_refusal)
+            }
+        }
+    }
+
+    /// Decides a jail, and opens what its init needs.
+    fn decide(
         &mut self,
         prepared: &Prepared,
         purpose: &Purpose<'_>,
-        ids: Option<HostIds>,
-        network: Option<&EmptyNetwork>,
+        loan: &Loan,
         cgroup: &Cgroup,
-    ) -> Result<(Decided, Init, Option<OwnedFd>), Refusal> {
-        let ids_to_map = ids.filter(|_| prepared.takes_user_namespace(purpose.mode, &self.facts));
+    ) -> Result<(Decided, OpenForInit), Refusal> {
+        let failed = |step| move |error| run::refusal(step_error(step)(error));
+        let ids_to_map =
+            loan.ids.filter(|_| prepared.takes_user_namespace(purpose.mode, &self.facts));
         let user_namespace = ids_to_map
             .map(|ids| self.ids.namespace(ids))
             .transpose()
-            .map_err(|error| run::refusal(step_error(Step::Maps)(error)))?;
-        let cgroups = match cgroup.others() {
-            Ok(others) => others,
-            Err(error) => return Err(run::refusal(step_error(Step::Cgroup)(error))),
-        };
+            .map_err(failed(Step::Maps))?;
+        let cgroups = cgroup.others().map_err(failed(Step::Cgroup))?;
         let lent = Lent {
-            network: network.map(AsFd::as_fd),
+            network: loan.network.as_ref().map(AsFd::as_fd),
+            root: loan.root.as_ref().map(AsFd::as_fd),
             user_namespace: user_namespace.as_ref().map(AsFd::as_fd),
             cgroups: cgroups.iter().map(AsFd::as_fd).collect(),
             bell: self.bell.1.as_fd(),
         };
-        let decided = prepared.decide(purpose, ids, &lent, &self.facts, self.fault)?;
-        let init = self.clone_init(&decided, cgroup).map_err(run::refusal)?;
-        Ok((decided, init, user_namespace))
+        let mut decided = prepared.decide(purpose, loan.ids, &lent, &self.facts, self.fault)?;
+        let (ours, theirs) = sys::seqpacket_pair().map_err(failed(Step::Clone))?;
+        rustix::io::ioctl_fionbio(&ours, true)
+            .map_err(|error| failed(Step::Clone)(error.into()))?;
+        decided.keep.push(theirs.as_raw_fd());
+        decided.keep.sort_unstable();
+        let control = ControlSocket { ours, theirs };
+        Ok((decided, OpenForInit { user_namespace, _cgroups: cgroups, control }))
+    }
+
+    /// Clones a jail's init. Writes to no memory but its own stack: see
+    /// [`Launcher::build_for_later`].
+    fn clone_init(&self, ready: &Ready) -> Result<Cloned, StepError> {
+        if self.fault.hits(Step::Clone) {
+            return Err(StepError { step: Step::Clone, index: 0, errno: libc::EIO });
+        }
+        let Decided { blueprint, keep, .. } = &ready.decided;
+        let namespaces = blueprint.outer_namespaces;
+        // SAFETY: this process has one thread; init makes only system calls.
+        let cloned = unsafe { namespaces::clone(namespaces, ready.cgroup.v2_dir_fd()) };
+        match cloned.map_err(step_error(Step::Clone))? {
+            Cloned::Child => init::main(blueprint, ready.open.control.theirs.as_raw_fd(), keep),
+            parent @ Cloned::Parent(..) => Ok(parent),
+        }
     }
 
     /// Gives a jail its call, with the limits that hold for it.
@@ -281,24 +438,6 @@ impl Launcher {
             return Err(run::refusal(StepError { step, index: 0, errno: libc::EIO }));
         }
         Ok(())
-    }
-
-    fn clone_init(&self, decided: &Decided, cgroup: &Cgroup) -> Result<Init, StepError> {
-        if self.fault.hits(Step::Clone) {
-            return Err(StepError { step: Step::Clone, index: 0, errno: libc::EIO });
-        }
-        let (ours, theirs) = sys::seqpacket_pair().map_err(step_error(Step::Clone))?;
-        rustix::io::ioctl_fionbio(&ours, true).map_err(|e| step_error(Step::Clone)(e.into()))?;
-        let mut keep = decided.keep.clone();
-        keep.push(theirs.as_raw_fd());
-        keep.sort_unstable();
-        let namespaces = decided.blueprint.outer_namespaces;
-        // SAFETY: this process has one thread; init makes only system calls.
-        let cloned = unsafe { namespaces::clone(namespaces, cgroup.v2_dir_fd()) };
-        match cloned.map_err(step_error(Step::Clone))? {
-            Cloned::Child => init::main(&decided.blueprint, theirs.as_raw_fd(), &keep),
-            Cloned::Parent(pid, pidfd) => Ok(Init { pid, pidfd, control: ours }),
-        }
     }
 
     fn discard(&self, cgroup: Cgroup) {

@@ -6,7 +6,6 @@ use rustix::event::epoll::{self, EventFlags};
 
 use super::{GOING_MAX, Launcher, Leftover, QUARANTINE_RETRY, Remains, Source, log, reap};
 use crate::jail::{
-    cgroup::Cgroup,
     identity::HostIds,
     message::FromLauncher,
     run::{Heard, Phase, Run},
@@ -15,8 +14,7 @@ use crate::jail::{
 
 impl Launcher {
     pub(super) fn register(&mut self, run: Run) -> u64 {
-        let serial = self.next_serial;
-        self.next_serial += 1;
+        let serial = run.serial;
         let watched = self
             .watch(&run.control, Source::Control(serial), EventFlags::IN)
             .and_then(|()| self.watch(&run.pidfd, Source::Init(serial), EventFlags::IN));
@@ -233,24 +231,30 @@ impl Launcher {
         }
     }
 
-    /// Gives back what a run had. False where its cgroup can't be removed yet:
-    /// then that and its uids wait in quarantine.
+    /// Gives back what a run had. False where its cgroup is of no more use and can't be
+    /// removed yet: then that and its uids wait in quarantine.
     pub(super) fn free(&mut self, remains: Remains) -> bool {
-        match remains.cgroup.map(Cgroup::remove) {
+        match remains.cgroup.map(|cgroup| self.cgroups.give_back(cgroup)) {
             None | Some(Ok(())) => {
                 self.give_back(remains.ids, remains.user_namespace);
-                if let Some(network) = remains.network {
-                    self.networks.give_back(network);
+                let network = remains.network;
+                let clean = network.is_some_and(|network| self.networks.give_back(network));
+                if let Some(root) = remains.root.filter(|_| clean) {
+                    self.roots.give_back(root);
                 }
                 true
             }
             Some(Err(cgroup)) => {
                 // Whatever is left in the cgroup may be in the network as well.
-                self.leftovers.push(Leftover { cgroup, ids: remains.ids, run: remains.run });
-                self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
+                self.quarantine(Leftover { cgroup, ids: remains.ids, run: remains.run });
                 false
             }
         }
+    }
+
+    pub(super) fn quarantine(&mut self, leftover: Leftover) {
+        self.leftovers.push(leftover);
+        self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
     }
 
     fn give_back(&mut self, ids: Option<HostIds>, namespace: Option<OwnedFd>) {

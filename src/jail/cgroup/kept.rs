@@ -1,0 +1,63 @@
+//! Cgroups of v1, used again.
+//!
+//! Making one in every hierarchy and removing it again is dear, and one of v1 can be
+//! made as good as new: its peaks can be reset, its other counters start from where
+//! they are, and what stays charged to it is seen. (v2 has events and peaks that
+//! can't be reset: there each run has a new one.) A cgroup is used again only
+//!
+//! - for the very limits that it was made with, and that no call has tightened;
+//! - where it was not killed as a whole: what is cloned into such a one from outside is
+//!   killed too (`kill_seq` in `cgroup_css_set_fork`, kernel/cgroup/cgroup.c);
+//! - where nobody was killed for want of memory in it: that count is for ever;
+//! - where its most processes ever are what any run has, init and the program: that
+//!   count is for ever too;
+//! - once no process is in it, not even a dead one, and next to no memory is charged to it.
+
+use std::collections::VecDeque;
+
+use super::{Cgroup, CgroupLimits};
+
+/// Most that are kept.
+const KEPT_MAX: usize = 64;
+
+/// Those whose last run is gone.
+#[derive(Debug, Default)]
+pub struct KeptCgroups {
+    /// The longest kept first: the kernel gives memory back a little later.
+    kept: VecDeque<Cgroup>,
+}
+
+impl KeptCgroups {
+    /// How many are kept.
+    #[must_use]
+    pub fn kept(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// One that is as good as a new one with these limits.
+    pub fn take(&mut self, limits: &CgroupLimits) -> Option<Cgroup> {
+        let index = self.kept.iter().position(|cgroup| cgroup.has_limits(limits))?;
+        let renewed = self.kept[index].renew();
+        renewed.then(|| self.kept.remove(index)).flatten()
+    }
+
+    /// Keeps one whose run is gone, if it could be used again; removes it if not.
+    ///
+    /// # Errors
+    /// It, as of [`Cgroup::remove`].
+    pub fn give_back(&mut self, cgroup: Cgroup) -> Result<(), Cgroup> {
+        if self.kept.len() < KEPT_MAX && cgroup.is_reusable() {
+            self.kept.push_back(cgroup);
+            return Ok(());
+        }
+        cgroup.remove()
+    }
+
+    /// Removes one. Gives it back where that can't be done yet.
+    ///
+    /// # Errors
+    /// As of [`Cgroup::remove`].
+    pub fn let_one_go(&mut self) -> Result<(), Cgroup> {
+        self.kept.pop_front().map_or(Ok(()), Cgroup::remove)
+    }
+}

@@ -1,0 +1,113 @@
+//! What a jail has of earlier ones tells nothing of them.
+//!
+//! Jails are built ahead, and of what earlier ones had some is used again where calls
+//! come thick. So everything here happens many times over and many at once.
+
+mod common;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use common::{Call, Dispatcher, Reply, dispatcher::plain, programs, wait_until};
+
+/// Calls at once.
+const CROWD: usize = 24;
+/// How often.
+const ROUNDS: usize = 6;
+
+const TABLES: &str = "[limits]\nmemory = \"128MiB\"\n\
+    [admission]\nconcurrency = 64\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n";
+
+/// Takes away what is left outside by the proof that it would be found.
+struct Cleaned(String);
+
+impl Drop for Cleaned {
+    fn drop(&mut self) {
+        programs::outside("leave", &["clean", &self.0]);
+    }
+}
+
+/// Makes as many calls at once, and gives their replies in order.
+fn crowd(dispatcher: &Dispatcher, call: impl Fn(usize) -> Call) -> Vec<Reply> {
+    let running: Vec<_> = (0..CROWD).map(|index| dispatcher.begin(call(index))).collect();
+    running.into_iter().map(|running| running.finish().unwrap()).collect()
+}
+
+fn leave(what: &str, key: u32) -> Call {
+    Call::new("jail", "leave").args(&[what, &key.to_string()])
+}
+
+/// Objects of System V, files, locks on what a root always has, listening sockets: also
+/// those that were on their way in a socket when their run ended.
+#[test]
+fn nothing_that_runs_leave_is_found_by_others() {
+    let key = std::process::id();
+    let looked = || programs::outside("leave", &["look", &key.to_string()]).facts();
+    let text = key.to_string();
+    let _cleaned = Cleaned(text.clone());
+    let held = programs::background(&programs::path("leave"), &["hold", &text]);
+    wait_until("all is found outside", Duration::from_secs(10), || {
+        let facts = looked();
+        let [shm, file, abstract_] = ["shm", "file", "abstract"].map(|key| facts.one(key) == "ok");
+        let locked = ["lock.null", "lock.root"].map(|key| facts.one(key) == "EAGAIN");
+        shm && file && abstract_ && locked == [true; 2]
+    });
+    drop(held);
+
+    let dispatcher = Dispatcher::start([("jail", plain(TABLES))]);
+    let mut looks = 0;
+    for _ in 0..ROUNDS {
+        let replies = crowd(&dispatcher, |index| leave(["all", "look"][index % 2], key));
+        for (index, reply) in replies.into_iter().enumerate() {
+            let facts = reply.ok().facts();
+            for lock in ["lock.null", "lock.root"] {
+                assert_eq!(facts.one(lock), "ok", "{lock}");
+            }
+            if index % 2 == 0 {
+                for made in ["shm", "file", "abstract", "itself"] {
+                    assert_eq!(facts.one(made), "ok", "{made}");
+                }
+            } else {
+                assert_eq!(facts.one("shm"), "ENOENT");
+                assert_eq!(facts.one("file"), "ENOENT");
+                assert_eq!(facts.one("abstract"), "ECONNREFUSED");
+                looks += 1;
+            }
+        }
+    }
+    assert_eq!(looks, ROUNDS * CROWD / 2);
+}
+
+/// Memory, processor time, tasks, limits and their ends are each run's own; and what is
+/// in force is the same for a jail that was built for its call and for any other.
+#[test]
+fn figures_and_limits_are_of_one_run() {
+    let dispatcher = Dispatcher::start([("jail", plain(TABLES))]);
+    let print = || Call::new("jail", "act").args(&["print", "x"]);
+    let controls = |reply: &Reply| reply.report.enforced.iter().cloned().collect::<BTreeSet<_>>();
+    let first = dispatcher.call(print()).ok();
+    let hog = |way: &str, size: &str| Call::new("jail", "hog").args(&[way, size]);
+    for _ in 0..ROUNDS {
+        let replies = crowd(&dispatcher, |index| match index % 6 {
+            0 => hog("mmap", "96m"),
+            1 => hog("mmap", "256m"),                 // over its limit
+            2 => hog("child-memory", "256m"),         // by a child
+            3 => hog("mmap", "96m").memory(32 << 20), // over what its caller left it
+            _ => print(),
+        });
+        for (index, reply) in replies.into_iter().enumerate() {
+            match index % 6 {
+                0 => drop(reply.ok()),
+                1..=3 => {
+                    assert_eq!(reply.reason(), "out_of_memory", "{index}: {}", reply.summary());
+                }
+                _ => {
+                    let reply = reply.ok();
+                    assert_eq!(reply.report.pids_peak, 1, "{}", reply.summary());
+                    let peak = reply.report.memory_peak_bytes;
+                    assert!(peak < 8 << 20, "{peak}: {}", reply.summary());
+                    assert_eq!(controls(&reply), controls(&first));
+                }
+            }
+        }
+    }
+}
