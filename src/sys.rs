@@ -117,7 +117,7 @@ pub fn receive_bytes(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<
 /// # Errors
 /// Those of memfd_create(2), write(2), fcntl(2) and open(2).
 pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Result<OwnedFd> {
-    use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+    use rustix::fs::{MemfdFlags, Mode, OFlags};
     use std::io::Write as _;
 
     let kind = if executable { MemfdFlags::EXEC } else { MemfdFlags::NOEXEC_SEAL };
@@ -135,12 +135,27 @@ pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Res
         file.write_all(part)?;
     }
     rustix::fs::fchmod(&file, Mode::from_raw_mode(if executable { 0o555 } else { 0o444 }))?;
-    rustix::fs::fcntl_add_seals(
-        &file,
-        SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
+    add_seals(&file)?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// How often sealing is tried: each takes the kernel a sixth of a second at most.
+const SEAL_ATTEMPTS: u32 = 6;
+
+/// The kernel waits for whoever still has a page in hand, but not for long: it may be
+/// its own housekeeping, which lets go of some only when it is called upon anew.
+fn add_seals(file: &std::fs::File) -> io::Result<()> {
+    use rustix::fs::SealFlags;
+
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    let mut attempt = 1;
+    loop {
+        match rustix::fs::fcntl_add_seals(file, seals) {
+            Err(rustix::io::Errno::BUSY) if attempt < SEAL_ATTEMPTS => attempt += 1,
+            result => return Ok(result?),
+        }
+    }
 }
 
 /// Opens a file for reading: no link is followed at the path's end, and a FIFO
