@@ -1,7 +1,7 @@
 //! What a caller asks for, checked for form: every limit is sensible, every
 //! name well formed, every list bounded. Whether it is allowed is decided later.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -32,8 +32,8 @@ pub struct Call {
     pub method: MethodName,
     /// What to run.
     pub source: Source,
-    /// The digest of the bytes that it brings, where that was made as they came.
-    pub inline_digest: Option<Digest>,
+    /// What holds the bytes that it brings, where they were put there as they came.
+    pub sealed: Option<Sealed>,
     /// The digest that the executable must have.
     pub digest: Option<Digest>,
     /// Its input; `None` for none.
@@ -67,6 +67,15 @@ pub enum Source {
     Held(Digest),
     /// To be fetched.
     Uri(String),
+}
+
+/// A sealed memfd, and the digest of what is in it.
+#[derive(Clone, Debug)]
+pub struct Sealed {
+    /// Made of the very bytes that were put into it.
+    pub digest: Digest,
+    /// Read-only.
+    pub memory: Arc<OwnedFd>,
 }
 
 /// The call's message.

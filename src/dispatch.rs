@@ -17,7 +17,7 @@ use crate::{
     admission::{Admission, Ask, Load, Permit, bytes::Reservation},
     artifact::{
         self, Artifact, ArtifactError, elf,
-        store::{Held, Store},
+        store::{Content, Held, Store},
     },
     call::{Call, FormError, Source},
     execute::{
@@ -261,15 +261,20 @@ impl Dispatcher {
                     return Err(ArtifactError::Empty.into());
                 }
                 artifact::check_size(bytes.len() as u64, limit)?;
-                let digest = match call.inline_digest {
-                    Some(digest) => digest,
+                let sealed = call.sealed.take();
+                let digest = match &sealed {
+                    Some(sealed) => sealed.digest,
                     None => artifact::digest_of(&bytes).await?,
                 };
                 facts.artifact = Some(digest);
                 artifact::check_digest(digest, call.digest, &rules.digests)?;
                 let kind = elf::inspect(&bytes).map_err(ArtifactError::from)?;
                 root(&kind)?;
-                self.artifacts.put(&call.namespace, digest, kind, bytes).await?
+                let content = match sealed {
+                    Some(sealed) => Content::Sealed(sealed.memory, bytes.len() as u64),
+                    None => Content::Bytes(bytes),
+                };
+                self.artifacts.put(&call.namespace, digest, kind, content).await?
             }
         };
         facts.artifact = Some(held.digest);

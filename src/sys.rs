@@ -3,13 +3,13 @@
 //! Thin: errors are `io::Error` with the kernel's errno.
 
 mod mapping;
+mod memfd;
 
 use std::{
-    ffi::CStr,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::CommandExt as _,
     },
     process::{Child, Command},
@@ -22,6 +22,7 @@ use rustix::net::{
 };
 
 pub use mapping::Mapping;
+pub use memfd::{SealedBytes, Unsealed, sealed_memfd};
 
 /// Most descriptors one packet can carry here.
 pub const FDS_MAX: usize = 32;
@@ -107,40 +108,6 @@ pub fn receive_bytes(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<
     }
     let descriptors = (!lost).then_some(descriptors);
     Ok(Some(Packet { length: received.bytes, descriptors }))
-}
-
-/// A memfd holding `content`, sealed against every change, reopened read-only
-/// with mode 0555 when `executable` and 0444 otherwise; close-on-exec.
-///
-/// No writable descriptor of it remains: execve(2) would answer ETXTBSY.
-///
-/// # Errors
-/// Those of memfd_create(2), write(2), fcntl(2) and open(2).
-pub fn sealed_memfd(name: &CStr, content: &[&[u8]], executable: bool) -> io::Result<OwnedFd> {
-    use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
-    use std::io::Write as _;
-
-    let kind = if executable { MemfdFlags::EXEC } else { MemfdFlags::NOEXEC_SEAL };
-    let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 know neither flag.
-    let fd = rustix::fs::memfd_create(name, base | kind).or_else(|error| {
-        if error == rustix::io::Errno::INVAL {
-            rustix::fs::memfd_create(name, base)
-        } else {
-            Err(error)
-        }
-    })?;
-    let mut file = std::fs::File::from(fd);
-    for part in content {
-        file.write_all(part)?;
-    }
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(if executable { 0o555 } else { 0o444 }))?;
-    rustix::fs::fcntl_add_seals(
-        &file,
-        SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Opens a file for reading: no link is followed at the path's end, and a FIFO
@@ -526,7 +493,7 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 mod tests {
     use super::*;
 
-    use std::os::unix::fs::MetadataExt as _;
+    use std::os::{fd::AsRawFd as _, unix::fs::MetadataExt as _};
 
     /// How often this process has a file open, whatever other tests do meanwhile.
     fn copies(file: &OwnedFd) -> usize {

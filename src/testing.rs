@@ -41,7 +41,7 @@ pub(crate) fn call() -> Call {
         output: None,
         request_id: String::new(),
         labels: BTreeMap::new(),
-        inline_digest: None,
+        sealed: None,
         ignored_context: Vec::new(),
     }
 }

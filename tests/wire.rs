@@ -18,9 +18,13 @@ use common::{
     Call, Dispatcher, Settings,
     client::{self, gauge, http_get},
     dispatcher::plain,
+    frames::{GRPC, SERVE, begin, framed, message},
     patience, programs, shared, skip, wait_until,
 };
-use dispatcher::wire::{ServeResponse, Verdict, status::Code};
+use dispatcher::{
+    names::Digest,
+    wire::{ServeResponse, Verdict, status::Code},
+};
 use prost::Message as _;
 use tokio::task::JoinSet;
 use tonic_health::pb::{
@@ -151,34 +155,6 @@ struct Raw {
     body: Vec<u8>,
 }
 
-/// A Serve call begun by hand, alone on its connection, which ends when it is dropped.
-struct Begun {
-    response: h2::client::ResponseFuture,
-    _send: h2::SendStream<Bytes>,
-    _client: h2::client::SendRequest<Bytes>,
-}
-
-/// Sends `message`, the whole of it or, unless it is the `end`, the beginning.
-async fn begin(
-    dispatcher: &Dispatcher,
-    connection: &h2::client::Builder,
-    message: Vec<u8>,
-    end: bool,
-) -> Begun {
-    let stream = tokio::net::TcpStream::connect(dispatcher.address()).await.unwrap();
-    let (client, connection) = connection.handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    let mut client = client.ready().await.unwrap();
-    let request = http::Request::post(format!("http://{}{SERVE}", dispatcher.address()))
-        .header(GRPC.0, GRPC.1)
-        .body(())
-        .unwrap();
-    let (response, mut send) = client.send_request(request, false).unwrap();
-    // The server may well refuse before it has all of it.
-    let _ = send.send_data(message.into(), end);
-    Begun { response, _send: send, _client: client }
-}
-
 async fn raw(path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Result<Raw, h2::Error> {
     let stream = tokio::net::TcpStream::connect(dispatcher().address()).await.unwrap();
     let (client, connection) = h2::client::handshake(stream).await?;
@@ -209,21 +185,6 @@ async fn raw(path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Result<Raw,
     Ok(Raw { http, grpc, body })
 }
 
-const SERVE: &str = "/collector.CollectiveDispatcher/Serve";
-const GRPC: (&str, &str) = ("content-type", "application/grpc");
-
-/// Length-prefixed as gRPC has it.
-fn framed(compressed: u8, length: u32, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![compressed];
-    frame.extend(length.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
-
-fn message(payload: &[u8]) -> Vec<u8> {
-    framed(0, payload.len() as u32, payload)
-}
-
 fn ask(path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Result<Raw, h2::Error> {
     let answer = async {
         tokio::time::timeout(patience(Duration::from_secs(30)), raw(path, headers, body)).await
@@ -235,6 +196,7 @@ fn ask(path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Result<Raw, h2::E
 #[test]
 fn malformed_requests_are_answered() {
     let valid = Call::new("jail", "act").request.encode_to_vec();
+    let large = Call::of("jail", vec![0x7f; 2 << 20]).request.encode_to_vec();
     let good = ask(SERVE, &[GRPC, ("te", "trailers")], message(&valid)).unwrap();
     assert_eq!((good.http, good.grpc), (200, Some(0)), "{good:?}");
     let reply = ServeResponse::decode(&good.body[5..]).unwrap();
@@ -267,6 +229,10 @@ fn malformed_requests_are_answered() {
         ),
         ("flag of no meaning", SERVE, vec![GRPC], framed(7, 3, b"abc")),
         ("two messages", SERVE, vec![GRPC], [message(&valid), message(&valid)].concat()),
+        ("half a large executable", SERVE, vec![GRPC], message(&large)[..1 << 20].to_vec()),
+        ("two large executables", SERVE, vec![GRPC], message(&[&large[..], &large].concat())),
+        ("noise after one", SERVE, vec![GRPC], message(&[&large[..], &[0xff; 64]].concat())),
+        ("large messages", SERVE, vec![GRPC], [message(&large), message(&large)].concat()),
         ("unknown method", "/collector.CollectiveDispatcher/Steal", vec![GRPC], message(&valid)),
         ("unknown service", "/collector.Collector/Serve", vec![GRPC], message(&valid)),
         ("no path", "/", vec![GRPC], message(&valid)),
@@ -401,6 +367,41 @@ fn bytes_in_flight_are_bounded() {
             .try_call(Call::new("jail", "act"))
             .is_ok_and(|reply| reply.verdict == Verdict::Exited)
     });
+    dispatcher.stop();
+}
+
+/// A large executable is put into a memfd as it comes: of half a one nothing stays,
+/// and of one that is held already neither.
+#[test]
+fn large_executables_are_kept_once_and_halves_not_at_all() {
+    let dispatcher = Settings::new([("jail", plain(""))]).start();
+    let serve = dispatcher.process("dispatch-serve");
+    let kept = || {
+        let all = serve.descriptor_targets();
+        all.iter().filter(|target| target.starts_with("/memfd:artifact")).count()
+    };
+    let mut large = programs::bytes("act").to_vec();
+    large.resize(4 << 20, 0);
+    let call = || Call::of("jail", large.clone()).args(&["print", "large"]);
+    let request = call().request.encode_to_vec();
+    let half = framed(0, request.len() as u32, &request[..2 << 20]);
+    let halves = client::runtime().block_on(async {
+        let mut begun = vec![];
+        for _ in 0..80 {
+            let builder = h2::client::Builder::new();
+            begun.push(begin(&dispatcher, &builder, half.clone(), false).await);
+        }
+        begun
+    });
+    wait_until("as many are filled in as may be", Duration::from_secs(20), || kept() == 64);
+    assert_eq!(dispatcher.call(call()).ok().text(), "large", "others are served all the same");
+    drop(halves);
+    wait_until("what was half sent is gone", Duration::from_secs(10), || kept() == 1);
+    for _ in 0..2 {
+        let reply = dispatcher.call(call()).ok();
+        assert_eq!(reply.report.artifact_digest, Digest::of(&large).to_string());
+    }
+    assert_eq!(kept(), 1);
     dispatcher.stop();
 }
 

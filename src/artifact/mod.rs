@@ -1,6 +1,7 @@
 //! Executables: which bytes a call runs, and whether they can run here.
 
 pub mod elf;
+pub mod filling;
 mod loader;
 pub mod store;
 

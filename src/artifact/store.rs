@@ -27,6 +27,15 @@ const DESCRIPTOR_SHARE: u64 = 4;
 /// one tenant must not meet another there.
 type Key = (Namespace, Digest);
 
+/// What an executable comes in.
+#[derive(Debug)]
+pub enum Content {
+    /// To be copied into a memfd.
+    Bytes(Bytes),
+    /// A sealed memfd that no call but this has, with so many bytes.
+    Sealed(Arc<OwnedFd>, u64),
+}
+
 /// How much a [`Store`] holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
@@ -99,8 +108,8 @@ impl Store {
     }
 
     /// Holds an executable for `namespace` from now on. Content that is held
-    /// already is not copied again; what finds no room runs all the same, but
-    /// is gone afterwards.
+    /// already is not kept again; what finds no room runs all the same, but is
+    /// gone afterwards.
     ///
     /// # Errors
     /// [`ArtifactError::Internal`] when no memfd can be made.
@@ -109,13 +118,18 @@ impl Store {
         namespace: &Namespace,
         digest: Digest,
         kind: Executable,
-        bytes: Bytes,
+        content: Content,
     ) -> Result<Artifact, ArtifactError> {
         if let Some(artifact) = self.get(namespace, digest) {
             return Ok(artifact);
         }
-        let size = bytes.len() as u64;
-        let memory = Arc::new(copy(bytes).await?);
+        let (memory, size) = match content {
+            Content::Sealed(memory, size) => (memory, size),
+            Content::Bytes(bytes) => {
+                let size = bytes.len() as u64;
+                (Arc::new(copy(bytes).await?), size)
+            }
+        };
         let artifact = Artifact { digest, size, kind, memory, stored: false };
         let mut state = self.state();
         // Another call may have brought the same bytes meanwhile.
@@ -212,8 +226,9 @@ mod tests {
     }
 
     async fn put(store: &Store, namespace: &str, content: &[u8]) -> Artifact {
-        let bytes = Bytes::copy_from_slice(content);
-        store.put(&name(namespace), Digest::of(content), Executable::Static, bytes).await.unwrap()
+        let (namespace, digest) = (name(namespace), Digest::of(content));
+        let content = Content::Bytes(Bytes::copy_from_slice(content));
+        store.put(&namespace, digest, Executable::Static, content).await.unwrap()
     }
 
     #[tokio::test]
@@ -228,6 +243,26 @@ mod tests {
         let again = put(&store, "a", b"program").await;
         assert!(Arc::ptr_eq(&first.memory, &again.memory), "copied once");
         assert!(store.get(&name("b"), first.digest).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_comes_in_a_memfd_is_held_in_it_and_only_once() {
+        let store = Store::new(100);
+        let sealed = || {
+            let memory = sys::sealed_memfd(c"artifact", &[b"program"], true).unwrap();
+            Arc::new(memory)
+        };
+        let put = async |namespace: &str, memory: &Arc<OwnedFd>| {
+            let content = Content::Sealed(Arc::clone(memory), 7);
+            let digest = Digest::of(b"program");
+            store.put(&name(namespace), digest, Executable::Static, content).await.unwrap()
+        };
+        let (first, second, other) = (sealed(), sealed(), sealed());
+        assert!(Arc::ptr_eq(&put("a", &first).await.memory, &first));
+        assert!(Arc::ptr_eq(&put("a", &second).await.memory, &first));
+        assert_eq!(Arc::strong_count(&second), 1, "it is let go");
+        assert!(Arc::ptr_eq(&put("b", &other).await.memory, &other), "a tenant has its own");
+        assert_eq!(store.held(), Held { count: 2, bytes: 14 });
     }
 
     #[tokio::test]

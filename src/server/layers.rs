@@ -3,8 +3,9 @@
 //! All of them act on the dispatcher's own methods only; health and reflection
 //! pass untouched.
 
+mod fill;
 pub mod gate;
-mod hash;
+mod intake;
 pub mod receive;
 mod scan;
 pub mod trailers;

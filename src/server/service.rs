@@ -20,12 +20,13 @@ use super::{
 use crate::{
     admission::bytes::ByteBudget,
     audit::{self, Record},
+    call::Sealed,
     dispatch::{Context, Dispatcher, Reply},
     execute::{
         Outcome,
         stop::{StopHandle, StopSignal},
     },
-    names::{Digest, RunId},
+    names::RunId,
     wire::{self, collective_dispatcher_server::CollectiveDispatcher, serve_request::ServiceDef},
 };
 
@@ -78,14 +79,14 @@ impl CollectiveDispatcher for Handler {
         let metrics = self.metrics.clone();
         let lifted = request.extensions().get::<Lifted>().cloned();
         let mut request = request.into_inner();
-        let mut digest = None;
+        let mut sealed = None;
         if let Some(lifted) = lifted {
             request.service_def = Some(ServiceDef::ServiceBinary(lifted.binary));
-            digest = lifted.digest;
+            sealed = lifted.sealed;
         }
         let task = tokio::spawn(async move {
             let (message, summary, record) =
-                answer(&dispatcher, request, digest, context, record, &executor_id).await;
+                answer(&dispatcher, request, sealed, context, record, &executor_id).await;
             audit::record(&record);
             metrics.count(&record);
             drop(ticket);
@@ -151,14 +152,14 @@ impl Handler {
 async fn answer(
     dispatcher: &Dispatcher,
     request: wire::ServeRequest,
-    inline_digest: Option<Digest>,
+    sealed: Option<Sealed>,
     context: Context,
     mut record: Record,
     executor_id: &str,
 ) -> (wire::ServeResponse, Summary, Record) {
     let mut call = convert::call(request);
     if let Ok(call) = &mut call {
-        call.inline_digest = inline_digest;
+        call.sealed = sealed;
         record.labels.clone_from(&call.labels);
     }
     let reply = dispatcher.dispatch(call, context).await;

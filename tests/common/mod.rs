@@ -16,6 +16,7 @@
 pub mod client;
 pub mod dispatcher;
 pub mod facts;
+pub mod frames;
 pub mod host;
 pub mod programs;
 

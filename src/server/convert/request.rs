@@ -75,7 +75,7 @@ pub fn call(request: wire::ServeRequest) -> Result<Call, FormError> {
         env: options.env.into_iter().collect(),
         request_id: bounded("options.request_id", options.request_id, REQUEST_ID_MAX)?,
         labels: bounded_map("options.labels", options.labels)?,
-        inline_digest: None,
+        sealed: None,
         ignored_context: context.ignored,
     })
 }

@@ -7,25 +7,25 @@
 //! for room: what does not fit is refused, so calls can't block each other.
 
 use std::{
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, body::Body};
 
 use super::{
     Answer, Inner, Pass, Request, error,
-    hash::Hashing,
+    fill::Fillers,
+    intake::{Intake, PREFIX},
     is_ours, is_serve,
-    scan::{Found, light_bytes, only_binary},
 };
-use crate::{
-    admission::bytes::{ByteBudget, Reservation},
-    names::Digest,
-};
+use crate::admission::bytes::{ByteBudget, Reservation};
+
+pub use super::intake::Lifted;
 
 /// How long a message may make no progress.
 pub const STALL_MAX: Duration = Duration::from_secs(30);
@@ -36,9 +36,6 @@ const RATE_MIN: u64 = 16 << 10;
 /// Bytes of a Serve message besides executable and input; also of the other
 /// methods' messages. They decode to a multiple of their size.
 const LIGHT_MAX: u64 = 1 << 20;
-
-/// A gRPC message's flag and length.
-const PREFIX: usize = 5;
 
 /// When to come again after the budget was full.
 const RETRY_AFTER_MS: u64 = 1000;
@@ -67,13 +64,14 @@ pub type MessageLimit = Arc<dyn Fn() -> u64 + Send + Sync>;
 pub struct Receive {
     budget: ByteBudget,
     limit: MessageLimit,
+    fillers: Fillers,
 }
 
 impl Receive {
     /// Takes in messages up to `limit`, all of them together up to `budget`.
     #[must_use]
     pub fn new(budget: ByteBudget, limit: MessageLimit) -> Self {
-        Self { budget, limit }
+        Self { budget, limit, fillers: Fillers::default() }
     }
 }
 
@@ -86,17 +84,16 @@ impl Pass for Receive {
         let fresh = inner.clone();
         let mut inner = std::mem::replace(inner, fresh);
         request.extensions_mut().insert(Arrival(Instant::now()));
-        let Self { budget, limit } = self.clone();
+        let Self { budget, limit, fillers } = self.clone();
         Box::pin(async move {
             let serve = is_serve(&request);
             let limit = if serve { limit() } else { LIGHT_MAX };
             let (mut parts, body) = request.into_parts();
-            match receive(body, budget.reserve(), limit, serve).await {
-                Ok((mut message, hashing, reservation)) => {
+            match receive(body, budget.reserve(), limit, serve, &fillers).await {
+                Ok((message, lifted, reservation)) => {
                     let reservation = Arc::new(Mutex::new(Some(reservation)));
                     parts.extensions.insert(Received(reservation));
-                    if serve && let Some((left, lifted)) = lift(&message, hashing) {
-                        message = left;
+                    if let Some(lifted) = lifted {
                         parts.extensions.insert(lifted);
                     }
                     let body = Body::new(Full::new(message));
@@ -113,10 +110,10 @@ async fn receive(
     mut reservation: Reservation,
     limit: u64,
     serve: bool,
-) -> Result<(Bytes, Hashing, Reservation), Status> {
+    fillers: &Fillers,
+) -> Result<(Bytes, Option<Lifted>, Reservation), Status> {
     let begun = Instant::now();
-    let mut message = Message::default();
-    let mut hashing = Hashing::default();
+    let mut message = Intake::new(serve);
     loop {
         let earned = Duration::from_secs(message.len() / RATE_MIN);
         let give_up = (Instant::now() + STALL_MAX).min(begun + STALL_MAX + earned);
@@ -129,20 +126,18 @@ async fn receive(
         if !reservation.grow(data.len() as u64) {
             return Err(over_budget());
         }
-        message.0.extend_from_slice(&data);
+        message.put(&data).await.map_err(not_kept)?;
         let announced = message.announced().unwrap_or(0);
         if announced.max(message.len().saturating_sub(PREFIX as u64)) > limit {
             return Err(too_large(announced, limit));
         }
-        if serve && let Some(content) = message.0.get(PREFIX..) {
-            hashing.follow(content);
-        }
+        message.look(fillers).await.map_err(not_kept)?;
     }
-    let message = message.0.freeze();
-    if serve && light_bytes(message.slice(PREFIX.min(message.len())..)) > LIGHT_MAX {
+    if serve && message.light() > LIGHT_MAX {
         return Err(too_heavy());
     }
-    Ok((message, hashing, reservation))
+    let (message, lifted) = message.finish(serve).await.map_err(not_kept)?;
+    Ok((message, lifted, reservation))
 }
 
 fn over_budget() -> Status {
@@ -161,61 +156,18 @@ fn too_heavy() -> Status {
     error(Code::ResourceExhausted, "message_too_large", &text, None)
 }
 
+fn not_kept(error: io::Error) -> Status {
+    Status::internal(format!("the executable could not be kept as it came: {error}"))
+}
+
 fn stalled() -> Status {
     error(Code::DeadlineExceeded, "stalled", "the request stopped arriving", None)
-}
-
-/// A message as it comes. Memory is taken for what has arrived, in one piece: it is
-/// not copied again.
-#[derive(Debug, Default)]
-struct Message(BytesMut);
-
-impl Message {
-    /// The length that the prefix announces, once it is there.
-    fn announced(&self) -> Option<u64> {
-        let (prefix, _) = self.0.split_first_chunk::<PREFIX>()?;
-        let [_, a, b, c, d] = *prefix;
-        Some(u64::from(u32::from_be_bytes([a, b, c, d])))
-    }
-
-    fn len(&self) -> u64 {
-        self.0.len() as u64
-    }
-}
-
-/// What of a request is decoded here already.
-#[derive(Clone, Debug)]
-pub struct Lifted {
-    /// The executable.
-    pub binary: Bytes,
-    /// Its digest, if it was made as it came.
-    pub digest: Option<Digest>,
-}
-
-/// Takes the executable out of a Serve message, so that the decoder need not copy
-/// it: what is left to decode, and the executable. `None` where the message is not
-/// just one, uncompressed, with one executable; the decoder sees to those in whole.
-fn lift(message: &Bytes, hashing: Hashing) -> Option<(Bytes, Lifted)> {
-    let (prefix, _) = message.split_first_chunk::<PREFIX>()?;
-    let content = message.slice(PREFIX..);
-    let announced = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
-    if prefix[0] != 0 || content.len() != usize::try_from(announced).ok()? {
-        return None;
-    }
-    let Found { field, binary } = only_binary(content.clone())?;
-    let rest = content.len() - field.len();
-    let mut left = BytesMut::with_capacity(PREFIX + rest);
-    left.put_u8(0);
-    left.put_u32(u32::try_from(rest).ok()?);
-    left.extend_from_slice(&content[..field.start]);
-    left.extend_from_slice(&content[field.end..]);
-    let digest = hashing.digest_of(&binary);
-    Some((left.freeze(), Lifted { binary: content.slice(binary), digest }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::Digest;
     use http_body_util::StreamBody;
     use tokio::sync::mpsc;
     use tokio_stream::wrappers::ReceiverStream;
@@ -225,6 +177,10 @@ mod tests {
     fn body() -> (Sender, Body) {
         let (sender, receiver) = mpsc::channel(8);
         (sender, Body::new(StreamBody::new(ReceiverStream::new(receiver))))
+    }
+
+    fn fillers() -> Fillers {
+        Fillers::new(1, 10_000, 1000)
     }
 
     async fn send(sender: &Sender, data: impl Into<Bytes>) {
@@ -254,81 +210,73 @@ mod tests {
                     send(&sender, piece.to_vec()).await;
                 }
             };
-            let (received, ()) = tokio::join!(receive(body, budget.reserve(), 1 << 20, true), feed);
-            let (received, _, reservation) = received.unwrap();
+            let fillers = fillers();
+            let received = receive(body, budget.reserve(), 1 << 20, false, &fillers);
+            let (received, ()) = tokio::join!(received, feed);
+            let (received, lifted, reservation) = received.unwrap();
             assert_eq!(budget.used(), whole.len() as u64);
             assert_eq!(received, whole);
+            assert!(lifted.is_none(), "no Serve message");
             drop(reservation);
             assert_eq!(budget.used(), 0);
         }
     }
 
-    /// Whatever is sent, what is decoded of the two parts is what the whole decodes to.
-    fn check_lifted(content: Vec<u8>) -> bool {
-        use crate::wire::{ServeRequest, serve_request::ServiceDef};
-        use prost::Message as _;
-        let mut whole = BytesMut::new();
-        whole.put_u8(0);
-        whole.put_u32(u32::try_from(content.len()).unwrap());
-        whole.extend_from_slice(&content);
-        let mut hashing = Hashing::default();
-        hashing.follow(&content);
-        let Some((left, lifted)) = lift(&whole.freeze(), hashing) else { return false };
-        let Lifted { binary, digest } = lifted;
-        assert!(digest.is_none_or(|digest| digest == Digest::of(&binary)));
-        assert_eq!(left[1..PREFIX], u32::try_from(left.len() - PREFIX).unwrap().to_be_bytes());
-        let expected = ServeRequest::decode(&content[..]);
-        let decoded = ServeRequest::decode(left.slice(PREFIX..)).map(|request| ServeRequest {
-            service_def: Some(ServiceDef::ServiceBinary(binary)),
-            ..request
-        });
-        assert_eq!(decoded.ok(), expected.ok());
-        true
-    }
-
-    #[test]
-    fn an_executable_is_lifted_out() {
-        use crate::wire::{ServeRequest, serve_request::ServiceDef};
-        use prost::Message as _;
-        let with = |binary: &'static [u8]| ServeRequest {
-            namespace: "n".into(),
-            method_name: "m".into(),
-            options: Some(crate::wire::ExecutionOptions {
-                args: vec!["a".into()],
-                ..Default::default()
-            }),
-            service_def: Some(ServiceDef::ServiceBinary(binary.into())),
-            ..ServeRequest::default()
-        };
-        assert!(check_lifted(with(b"program").encode_to_vec()));
-        assert!(check_lifted(with(b"").encode_to_vec()));
-        // Two of them: the last one counts, and the decoder knows.
-        let twice = [with(b"one").encode_to_vec(), with(b"two").encode_to_vec()].concat();
-        assert!(!check_lifted(twice));
-        let uri = ServeRequest {
-            service_def: Some(ServiceDef::ServiceUri("sha256:0".into())),
-            ..ServeRequest::default()
-        };
-        assert!(!check_lifted(uri.encode_to_vec()));
-        assert!(!check_lifted([with(b"one").encode_to_vec(), uri.encode_to_vec()].concat()));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn whatever_comes_is_decoded_as_a_whole_would_be(
-            fields in proptest::collection::vec(
-                (0_u8..8, 0_u8..6, proptest::collection::vec(proptest::num::u8::ANY, 0..6)), 0..6),
-        ) {
-            let mut content = Vec::new();
-            for (number, kind, bytes) in fields {
-                content.push(number << 3 | kind);
-                if kind == 2 {
-                    content.push(bytes.len() as u8);
+    #[tokio::test]
+    async fn a_large_executable_counts_wherever_its_bytes_are() {
+        let whole = message(20_000);
+        for step in [1000, 30_000] {
+            let budget = ByteBudget::new(1 << 20);
+            let (sender, body) = body();
+            let pieces = whole.clone();
+            let feed = async move {
+                for piece in pieces.chunks(step) {
+                    send(&sender, piece.to_vec()).await;
                 }
-                content.extend(bytes);
-            }
-            check_lifted(content);
+            };
+            let fillers = fillers();
+            let received = receive(body, budget.reserve(), 1 << 20, true, &fillers);
+            let (received, ()) = tokio::join!(received, feed);
+            let (left, lifted, reservation) = received.unwrap();
+            assert_eq!(left[..], [0, 0, 0, 0, 0], "there was nothing else");
+            let lifted = lifted.unwrap();
+            assert_eq!(lifted.binary, vec![7; 20_000]);
+            assert_eq!(lifted.sealed.unwrap().digest, Digest::of(&[7; 20_000]));
+            assert_eq!(budget.used(), whole.len() as u64);
+            drop(reservation);
+            assert_eq!(budget.used(), 0);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_large_executable_is_given_up_too() {
+        let budget = ByteBudget::new(1 << 20);
+        let (sender, stalling) = body();
+        let fillers = fillers();
+        send(&sender, message(20_000)[..15_000].to_vec()).await;
+        let status =
+            receive(stalling, budget.reserve(), 1 << 20, true, &fillers).await.unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert_eq!(budget.used(), 0);
+
+        // It ends there: the decoder says what is wrong.
+        let (sender, ending) = body();
+        send(&sender, message(20_000)[..15_000].to_vec()).await;
+        drop(sender);
+        let received = receive(ending, budget.reserve(), 1 << 20, true, &fillers).await;
+        let (left, lifted, _) = received.unwrap();
+        assert!(lifted.is_none());
+        assert_eq!(left, message(20_000)[..PREFIX + 4]);
+
+        // Over the budget, in the midst of it.
+        let budget = ByteBudget::new(10_000);
+        let (sender, large) = body();
+        send(&sender, message(20_000)[..8_000].to_vec()).await;
+        send(&sender, message(20_000)[8_000..].to_vec()).await;
+        let status = receive(large, budget.reserve(), 1 << 20, true, &fillers).await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(budget.used(), 0);
+        assert_eq!(fillers.free(), 1, "and all of them gave their place back");
     }
 
     #[tokio::test(start_paused = true)]
@@ -337,7 +285,7 @@ mod tests {
         let (sender, body) = body();
         send(&sender, message(1000)[..500].to_vec()).await;
         let begun = Instant::now();
-        let status = receive(body, budget.reserve(), 1 << 20, true).await.unwrap_err();
+        let status = receive(body, budget.reserve(), 1 << 20, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::DeadlineExceeded);
         assert_eq!(begun.elapsed(), STALL_MAX);
         assert_eq!(budget.used(), 0);
@@ -354,7 +302,7 @@ mod tests {
             }
         });
         let reservation = ByteBudget::new(1 << 20).reserve();
-        let status = receive(body, reservation, 1 << 20, true).await.unwrap_err();
+        let status = receive(body, reservation, 1 << 20, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::DeadlineExceeded);
         assert_eq!(begun.elapsed(), STALL_MAX);
     }
@@ -364,20 +312,20 @@ mod tests {
         let (sender, first) = body();
         send(&sender, message(1000)[..6].to_vec()).await;
         let reservation = ByteBudget::new(1 << 20).reserve();
-        let status = receive(first, reservation, 999, true).await.unwrap_err();
+        let status = receive(first, reservation, 999, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
 
         let (sender, second) = body();
         send(&sender, message(10)).await;
         send(&sender, vec![0; 1000]).await;
         let reservation = ByteBudget::new(1 << 20).reserve();
-        let status = receive(second, reservation, 999, true).await.unwrap_err();
+        let status = receive(second, reservation, 999, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
 
         let (sender, third) = body();
         send(&sender, message(1000)).await;
         let budget = ByteBudget::new(500);
-        let status = receive(third, budget.reserve(), 1 << 20, true).await.unwrap_err();
+        let status = receive(third, budget.reserve(), 1 << 20, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
         let metadata = status.metadata();
         assert_eq!(metadata.get("grpc-retry-pushback-ms").unwrap(), "1000");
@@ -400,7 +348,7 @@ mod tests {
         send(&sender, bytes).await;
         drop(sender);
         let reservation = ByteBudget::new(1 << 30).reserve();
-        let status = receive(body, reservation, 1 << 30, true).await.unwrap_err();
+        let status = receive(body, reservation, 1 << 30, true, &fillers()).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
     }
 }

@@ -67,6 +67,18 @@ pub(super) fn only_binary(mut message: Bytes) -> Option<Found> {
     found
 }
 
+/// Whether some fields of a ServeRequest have an executable or name one, or are
+/// malformed, so that nobody can tell.
+pub(super) fn has_executable(mut fields: Bytes) -> bool {
+    while fields.has_remaining() {
+        match next(&mut fields) {
+            None | Some((6 | 7, _)) => return true,
+            Some((_, length)) => fields.advance(length),
+        }
+    }
+    false
+}
+
 fn light_options(mut options: Bytes) -> u64 {
     let mut light = 0;
     while options.has_remaining() {
