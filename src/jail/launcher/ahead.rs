@@ -8,9 +8,10 @@
 //! builds its own, and is told what went wrong with that.
 //!
 //! As many are kept as a template's calls ran at once lately, and one: when they end,
-//! as many may follow. A template whose calls come thick and fast has more. To build one while a call runs slows that call, where processors
-//! are few; so they are built in quiet moments, one at a time, and without waiting for
-//! one only when few are left: then until all are there again.
+//! as many may follow. A template whose calls come thick and fast has more. To build one
+//! while a call runs slows that call, where processors are few; so they are built in
+//! quiet moments, one at a time, and without waiting for one only when few are left: then
+//! until all are there again. Where calls come several at a time they are built at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -33,7 +34,7 @@ use crate::jail::{
 /// Most jails that wait for one template's calls.
 const EACH_MAX: usize = 32;
 /// Most that are begun at once: what comes in meanwhile waits for them.
-const BATCH: usize = 4;
+const BATCH: usize = 8;
 /// Fewest that are wanted of a busy template.
 const EACH_BUSY: usize = 16;
 /// Fewest that are wanted of a template that is called.
@@ -250,7 +251,7 @@ impl Launcher {
         Some(jail.serial)
     }
 
-    /// Builds one jail, where one is wanted; reviews demand when that is due. False
+    /// Builds one jail, in a crowd some, where one is wanted; reviews demand when that is due. False
     /// where there was nothing to build.
     pub(super) fn build_ahead(&mut self, now: Instant, is_quiet: bool) -> bool {
         if self.ahead.review_at.is_some_and(|at| at <= now) {
@@ -276,7 +277,7 @@ impl Launcher {
         };
         let (key, prepared) = (key.clone(), Rc::clone(&demand.prepared));
         let lacking = (demand.wanted() - demand.jails.len()).min(most - self.ahead.count());
-        let count = if demand.filling { lacking.min(BATCH) } else { 1 };
+        let count = if self.is_crowded(now) { lacking.min(BATCH) } else { 1 };
         // Before they are built: what changes meanwhile is a change.
         let shown = self.ahead.shown(&prepared.template.filesystem);
         for built in self.build_for_later(&prepared, key.1, count) {
