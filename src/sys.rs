@@ -4,6 +4,7 @@
 
 mod mapping;
 mod memfd;
+pub(crate) mod raw;
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -220,6 +221,32 @@ pub fn unshare(namespaces: rustix::thread::UnshareFlags) -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
 }
 
+/// A child that shares our memory until it execs or ends, clone(2): it need not be copied.
+/// It begins with `begin(argument)` on the stack that ends at `stack_top`; in everything
+/// but memory it is as one of [`fork`].
+///
+/// # Errors
+/// Those of clone(2).
+///
+/// # Safety
+/// `stack_top` must be the end of memory that serves as a stack and, like what `argument`
+/// points to, stays untouched by others until the child has exec'd or ended. `begin` never
+/// returns. Both processes make system calls by `raw` or rustix only, and write to no
+/// memory that both use.
+pub unsafe fn clone_sharing(
+    stack_top: *mut u8,
+    begin: extern "C" fn(*mut libc::c_void) -> libc::c_int,
+    argument: *mut libc::c_void,
+) -> io::Result<i32> {
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: the caller vouches for stack and argument. A failure leaves no child that
+    // errno would be shared with.
+    match unsafe { libc::clone(begin, stack_top.cast(), flags, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(pid),
+    }
+}
+
 /// dup3(2) with close-on-exec; `from` may equal `to`, which then gets that flag.
 ///
 /// # Errors
@@ -228,8 +255,8 @@ pub fn dup_to(from: RawFd, to: RawFd) -> io::Result<()> {
     if from == to {
         return set_close_on_exec(from, true);
     }
-    // SAFETY: plain numbers; callers own both.
-    check(unsafe { libc::dup3(from, to, libc::O_CLOEXEC) }.into()).map(drop)
+    let arguments = [from as usize, to as usize, libc::O_CLOEXEC as usize];
+    raw::numbers(libc::SYS_dup3, &arguments).map(drop)
 }
 
 /// dup2(2): the copy survives exec.
@@ -240,14 +267,13 @@ pub fn dup_to_inherited(from: RawFd, to: RawFd) -> io::Result<()> {
     if from == to {
         return set_close_on_exec(from, false);
     }
-    // SAFETY: plain numbers; callers own both.
-    check(unsafe { libc::dup2(from, to) }.into()).map(drop)
+    raw::numbers(libc::SYS_dup2, &[from as usize, to as usize]).map(drop)
 }
 
 fn set_close_on_exec(fd: RawFd, on: bool) -> io::Result<()> {
     let flag = if on { libc::FD_CLOEXEC } else { 0 };
-    // SAFETY: plain numbers; callers own the descriptor.
-    check(unsafe { libc::fcntl(fd, libc::F_SETFD, flag) }.into()).map(drop)
+    let arguments = [fd as usize, libc::F_SETFD as usize, flag as usize];
+    raw::numbers(libc::SYS_fcntl, &arguments).map(drop)
 }
 
 /// close(2) of a bare number.
@@ -255,8 +281,7 @@ fn set_close_on_exec(fd: RawFd, on: bool) -> io::Result<()> {
 /// # Errors
 /// Those of close(2).
 pub fn close(fd: RawFd) -> io::Result<()> {
-    // SAFETY: callers hand over a number that nothing else refers to.
-    check(unsafe { libc::close(fd) }.into()).map(drop)
+    raw::numbers(libc::SYS_close, &[fd as usize]).map(drop)
 }
 
 /// close_range(2) of `first..=last`.
@@ -267,8 +292,7 @@ pub fn close_range(first: u32, last: u32) -> io::Result<()> {
     if first > last {
         return Ok(());
     }
-    // SAFETY: callers own every descriptor of the range.
-    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+    raw::numbers(libc::SYS_close_range, &[first as usize, last as usize, 0]).map(drop)
 }
 
 /// Has every descriptor from `first` on closed by the next exec.
@@ -276,9 +300,9 @@ pub fn close_range(first: u32, last: u32) -> io::Result<()> {
 /// # Errors
 /// Those of close_range(2): EINVAL before Linux 5.11.
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
-    let flag = libc::CLOSE_RANGE_CLOEXEC;
-    // SAFETY: sets a flag on descriptors, if there are any.
-    check(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flag) }).map(drop)
+    let flag = libc::CLOSE_RANGE_CLOEXEC as usize;
+    let all = libc::c_uint::MAX as usize;
+    raw::numbers(libc::SYS_close_range, &[first as usize, all, flag]).map(drop)
 }
 
 /// Blocks every signal, sigprocmask(2).
@@ -320,17 +344,9 @@ pub fn default_signals() {
 fn set_signal_mask(all: bool) -> io::Result<()> {
     // The kernel's own set: 64 bits.
     let mask: u64 = if all { u64::MAX } else { 0 };
+    let arguments = [libc::SIG_SETMASK as usize, (&raw const mask) as usize, 0, 8, 0, 0];
     // SAFETY: the mask outlives the call and is as long as said.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            &raw const mask,
-            ptr::null::<u8>(),
-            8_usize,
-        )
-    };
-    check(result).map(drop)
+    unsafe { raw::syscall(libc::SYS_rt_sigprocmask, arguments) }.map(drop)
 }
 
 /// A non-blocking signalfd(2) for SIGCHLD, which must be blocked.
@@ -339,17 +355,10 @@ fn set_signal_mask(all: bool) -> io::Result<()> {
 /// Those of signalfd(2).
 pub fn child_signal_fd() -> io::Result<OwnedFd> {
     let mask: u64 = 1 << (libc::SIGCHLD - 1);
+    let flags = (libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) as usize;
+    let arguments = [usize::MAX, (&raw const mask) as usize, 8, flags, 0, 0];
     // SAFETY: the mask outlives the call and is as long as said.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_signalfd4,
-            -1,
-            &raw const mask,
-            8_usize,
-            libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
-        )
-    };
-    let fd = check(fd)? as RawFd;
+    let fd = unsafe { raw::syscall(libc::SYS_signalfd4, arguments) }? as RawFd;
     // SAFETY: the kernel just made it for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -385,11 +394,12 @@ pub enum Waited {
 pub fn wait_any() -> Waited {
     // SAFETY: all-zero is a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = (libc::WEXITED | libc::WNOHANG) as usize;
+    let arguments = [libc::P_ALL as usize, 0, (&raw mut info) as usize, options, 0, 0];
     // SAFETY: info outlives the call.
-    let result =
-        unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+    let result = unsafe { raw::syscall(libc::SYS_waitid, arguments) };
     // With WNOHANG it can fail in no other way than ECHILD.
-    if result != 0 {
+    if result.is_err() {
         return Waited::Childless;
     }
     // SAFETY: waitid filled in the fields of a child's end, or left them zero.
@@ -478,11 +488,14 @@ pub unsafe fn execveat(
     argv: *const *const libc::c_char,
     envp: *const *const libc::c_char,
 ) -> io::Error {
+    let path = c"".as_ptr() as usize;
+    let flags = libc::AT_EMPTY_PATH as usize;
+    let arguments = [fd as usize, path, argv as usize, envp as usize, flags, 0];
     // SAFETY: the caller vouches for the vectors; the empty path is a constant.
-    unsafe {
-        libc::syscall(libc::SYS_execveat, fd, c"".as_ptr(), argv, envp, libc::AT_EMPTY_PATH);
+    match unsafe { raw::syscall(libc::SYS_execveat, arguments) } {
+        Err(error) => error,
+        Ok(_) => io::Error::from_raw_os_error(libc::EINVAL), // it never comes back well
     }
-    io::Error::last_os_error()
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {

@@ -8,14 +8,16 @@ use std::{
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::Duration,
 };
 
 use common::{
     Call, Dispatcher, Facts,
     dispatcher::{best_effort, plain},
-    not_here, programs, rootless, shared,
+    not_here, programs, rootless, shared, token, wait_until,
 };
 use dispatcher::wire::{Verdict, status::Code};
+use nix::sys::signal::Signal;
 
 /// A directory of the test's own that policies refer to.
 fn fixtures() -> &'static Path {
@@ -568,4 +570,30 @@ fn what_was_enforced_is_what_is_in_force() {
     );
     assert_eq!(reply.report.enforced.len(), enforced.len(), "each once");
     assert!(best_effort().contains("landlock"), "which is why landlock may be absent");
+}
+
+/// When memory runs out, the kernel takes a program and what it starts, and never init,
+/// which must tell of it.
+#[test]
+fn the_program_goes_first_when_memory_runs_out_and_init_last() {
+    let score = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
+    let own = score("/proc/self/oom_score_adj").unwrap();
+    let dispatcher = Dispatcher::start([("jail", plain(""))]);
+    let print = ["cat", "/proc/self/oom_score_adj"];
+    assert_eq!(dispatcher.run("jail", "act", &print).ok().text().trim(), "1000");
+
+    let name = token();
+    let call = Call::new("jail", "act").args(&["name", &name, "sleep", "25000"]);
+    let running = dispatcher.begin(call);
+    let program = || dispatcher.descendants().into_iter().find(|process| process.name == name);
+    wait_until("the program runs", Duration::from_secs(10), || program().is_some());
+    let program = program().unwrap();
+    let of = |pid: i32| score(&format!("/proc/{pid}/oom_score_adj"));
+    assert_eq!(of(program.pid).unwrap(), "1000");
+    wait_until("its init has its own score again", Duration::from_secs(10), || {
+        of(program.parent).is_ok_and(|score| score == own)
+    });
+    assert_eq!(of(program.pid).unwrap(), "1000", "which leaves the program's as it is");
+    program.signal(Signal::SIGKILL);
+    running.finish().unwrap().expect(Code::Unknown, Verdict::Signalled, "signalled");
 }

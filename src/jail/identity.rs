@@ -12,7 +12,7 @@ use super::{
     cgroup::Lack,
     plan::{Control, HostUser},
 };
-use crate::sys;
+use crate::sys::{self, raw};
 
 /// The two host uids (and equal gids) of one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,20 +249,14 @@ pub fn drop_capabilities(last: u8, keep: u64) -> io::Result<()> {
 }
 
 fn drop_from_bounding_set(number: u8) -> io::Result<()> {
-    // SAFETY: plain numbers.
-    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let arguments = [libc::PR_CAPBSET_DROP as usize, usize::from(number), 0, 0, 0];
+    raw::numbers(libc::SYS_prctl, &arguments).map(drop)
 }
 
 fn raise_ambient(number: u8) -> io::Result<()> {
-    let raise = libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong;
-    // SAFETY: plain numbers.
-    match unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, libc::c_ulong::from(number), 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let raise = libc::PR_CAP_AMBIENT_RAISE as usize;
+    let arguments = [libc::PR_CAP_AMBIENT as usize, raise, usize::from(number), 0, 0];
+    raw::numbers(libc::SYS_prctl, &arguments).map(drop)
 }
 
 /// The highest capability number that this kernel knows.

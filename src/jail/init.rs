@@ -3,7 +3,7 @@
 //! # Theory of operation
 //!
 //! The launcher clones init into new namespaces. Init builds the root, enters
-//! the user namespace, and forks a second process. That one gives up every
+//! the user namespace, and begins a second process (`family`). That one gives up every
 //! privilege and waits for the program's descriptors; when they come it locks
 //! itself in (Landlock, seccomp) and execs. Init gives up its privileges too,
 //! as another user, and from then on only reaps and reports.
@@ -25,9 +25,12 @@ use rustix::{
     thread::LinkNameSpaceType,
 };
 
+mod family;
+
+use self::family::{Begun, Score};
 use super::{
     blueprint::Blueprint,
-    identity, mounts, namespaces, program,
+    identity, mounts, namespaces,
     step::{Report, Step, StepError, word},
 };
 use crate::sys::{self, Waited};
@@ -103,7 +106,7 @@ pub fn main(blueprint: &Blueprint, control: RawFd, keep: &[RawFd]) -> ! {
     };
     let context = Context { blueprint, control: low.as_fd() };
     match context.at(Step::CloseFds, sys::close(control)).and_then(|()| build(context)) {
-        Ok(program) => supervise(context, program),
+        Ok(begun) => supervise(context, begun),
         Err(error) => context.fail(error),
     }
 }
@@ -123,8 +126,8 @@ fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     sys::close_range(first, u32::MAX)
 }
 
-/// The numbered list. Returns the pid of the process that becomes the program.
-fn build(context: Context<'_>) -> Result<i32, StepError> {
+/// The numbered list. Returns the process that becomes the program.
+fn build(context: Context<'_>) -> Result<Begun, StepError> {
     let blueprint = context.blueprint;
     // 1. Its name, and the signal that tells of ended children.
     context.at(Step::Attributes, rustix::thread::set_name(c"dispatch-init"))?;
@@ -215,10 +218,7 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
     let kept = blueprint.keep_capabilities;
     let limited = identity::limit_capabilities(blueprint.last_capability, kept);
     context.at(Step::Capabilities, limited)?;
-    let pid = context.at(Step::Fork, sys::fork())?;
-    if pid == 0 {
-        program::main(context, landlock, host_proc.as_fd());
-    }
+    let begun = context.at(Step::Fork, family::begin(context, landlock, host_proc.as_fd()))?;
 
     // 13. Init's own descent. Dumpable last: every change of credentials sets
     //     it anew, and a dumpable init could be opened through /proc/1/mem.
@@ -240,7 +240,7 @@ fn build(context: Context<'_>) -> Result<i32, StepError> {
         Step::Attributes,
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
     )?;
-    Ok(pid)
+    Ok(begun)
 }
 
 /// Enters a namespace of the launcher's choice. The descriptor goes at once: nothing
@@ -292,40 +292,21 @@ fn open_host_proc() -> io::Result<OwnedFd> {
 /// Reaps until the program ends, says how it ended, and exits: the kernel then
 /// kills what is left in the pid namespace, pid_namespaces(7). Where nothing is left
 /// it waits until it is dismissed.
-fn supervise(context: Context<'_>, program: i32) -> ! {
-    let signals = match context.at(Step::CloseFds, keep_only_control(context)) {
-        Ok(signals) => signals,
+fn supervise(context: Context<'_>, begun: Begun) -> ! {
+    let Begun { program, score } = begun;
+    let kept = context.at(Step::CloseFds, keep_only_control(context, score));
+    let (mut score, signals) = match kept {
+        Ok(kept) => kept,
         Err(error) => context.fail(error),
     };
     // SAFETY: keep_only_control put it there.
     let context = Context { control: unsafe { BorrowedFd::borrow_raw(CONTROL) }, ..context };
     let mut watch_for_kills = kills_unnamed(context.blueprint);
+    let (mut running, mut paused) = (true, false);
     loop {
-        let mut program_ended = None;
-        let mut left_behind = 0;
-        let alone = loop {
-            match sys::wait_any() {
-                Waited::Child(pid, ended) => {
-                    if watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
-                        watch_for_kills = false;
-                        tell(context, Report::Denied);
-                    }
-                    // What the program left dead and unreaped became ours with its end.
-                    if pid == program {
-                        program_ended = Some(ended);
-                    } else if program_ended.is_some() {
-                        left_behind += 1;
-                    }
-                    if left_behind == LEFT_BEHIND_MAX {
-                        break false;
-                    }
-                }
-                Waited::Nobody => break false,
-                // All of the pid namespace descends from us: nobody is left in it.
-                Waited::Childless => break true,
-            }
-        };
-        if let Some(ended) = program_ended {
+        let (ended, alone) = reap(context, program, &mut watch_for_kills);
+        if let Some(ended) = ended {
+            running = false;
             let report = match ended {
                 sys::Ended::Exited(code) => Report::Exited { code, alone },
                 sys::Ended::Signalled(signal) => Report::Signalled { signal, alone },
@@ -337,26 +318,83 @@ fn supervise(context: Context<'_>, program: i32) -> ! {
             // Nobody waits for our end, which is work for the kernel: the launcher
             // says when, by closing the socket.
         }
-        let mut fds = [
-            PollFd::from_borrowed_fd(context.control, PollFlags::empty()),
-            PollFd::new(&signals, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(_) => sys::exit_now(1),
+        if let Some(score) = score.take_if(|_| running && paused)
+            && let Err(error) = context.at(Step::Attributes, score.restore())
+        {
+            context.fail(error);
         }
-        // The launcher closed or died: so must everything here.
-        if fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) {
-            sys::exit_now(1);
-        }
-        sys::drain_signal_fd(signals.as_fd());
+        paused = score.as_ref().is_some_and(Score::is_apart);
+        wait_for_news(context, &signals, &mut score);
     }
 }
 
-/// What init needs from here on: the control socket, the bell and news of its children.
-fn keep_only_control(context: Context<'_>) -> io::Result<OwnedFd> {
+/// Reaps who has ended: how the program did, if it was among them, and whether nobody
+/// is left.
+fn reap(
+    context: Context<'_>,
+    program: i32,
+    watch_for_kills: &mut bool,
+) -> (Option<sys::Ended>, bool) {
+    let mut program_ended = None;
+    let mut left_behind = 0;
+    loop {
+        match sys::wait_any() {
+            Waited::Child(pid, ended) => {
+                if *watch_for_kills && ended == sys::Ended::Signalled(libc::SIGSYS) {
+                    *watch_for_kills = false;
+                    tell(context, Report::Denied);
+                }
+                // What the program left dead and unreaped became ours with its end.
+                if pid == program {
+                    program_ended = Some(ended);
+                } else if program_ended.is_some() {
+                    left_behind += 1;
+                }
+                if left_behind == LEFT_BEHIND_MAX {
+                    return (program_ended, false);
+                }
+            }
+            Waited::Nobody => return (program_ended, false),
+            // All of the pid namespace descends from us: nobody is left in it.
+            Waited::Childless => return (program_ended, true),
+        }
+    }
+}
+
+/// Waits for ended children, for the program's exec, and for the launcher's end, which
+/// is ours; after exec no longer than a pause.
+fn wait_for_news(context: Context<'_>, signals: &OwnedFd, score: &mut Option<Score>) {
+    let exec = score.as_ref().and_then(Score::exec);
+    let mut fds = [
+        PollFd::from_borrowed_fd(context.control, PollFlags::empty()),
+        PollFd::new(signals, PollFlags::IN),
+        // The first one once more, where there is no exec to hear of.
+        PollFd::from_borrowed_fd(exec.unwrap_or(context.control), PollFlags::empty()),
+    ];
+    let pause = score.as_ref().and_then(Score::pause);
+    match rustix::event::poll(&mut fds, pause.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(_) => sys::exit_now(1),
+    }
+    // The launcher closed or died: so must everything here.
+    if fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) {
+        sys::exit_now(1);
+    }
+    if fds[2].revents().contains(PollFlags::HUP) {
+        *score = score.take().map(Score::apart);
+    }
+    sys::drain_signal_fd(signals.as_fd());
+}
+
+/// What init needs from here on: the control socket, the bell, its score and news of its
+/// children.
+fn keep_only_control(
+    context: Context<'_>,
+    score: Option<Score>,
+) -> io::Result<(Option<Score>, OwnedFd)> {
     use std::os::fd::AsRawFd as _;
     let bell = context.blueprint.bell;
+    let score = score.map(Score::moved_away).transpose()?;
     // It may have the number that the socket is to have; never the other way round.
     if bell != BELL {
         sys::dup_to(bell, BELL)?;
@@ -364,8 +402,10 @@ fn keep_only_control(context: Context<'_>) -> io::Result<OwnedFd> {
     if context.control.as_raw_fd() != CONTROL {
         sys::dup_to(context.control.as_raw_fd(), CONTROL)?;
     }
-    sys::close_range(BELL as u32 + 1, u32::MAX)?;
-    sys::child_signal_fd()
+    let score = score.map(|score| score.moved_to(BELL + 1)).transpose()?;
+    let kept = if score.is_some() { Score::DESCRIPTORS } else { 0 };
+    sys::close_range(BELL as u32 + 1 + kept, u32::MAX)?;
+    Ok((score, sys::child_signal_fd()?))
 }
 
 /// Reports, and rings: the launcher doesn't listen to the socket of a program that

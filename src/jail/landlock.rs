@@ -15,6 +15,7 @@ use super::{
     blueprint::{Piece, RootPlan},
     plan::Network,
 };
+use crate::sys::raw;
 
 /// The newest ABI this code knows the rights of.
 const NEWEST_ABI: u8 = 7;
@@ -205,8 +206,7 @@ fn add_rule(ruleset: RawFd, path: &CStr, rights: u64) -> io::Result<()> {
 /// # Errors
 /// Those of landlock_restrict_self(2).
 pub fn restrict_self(ruleset: RawFd) -> io::Result<()> {
-    // SAFETY: plain numbers.
-    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0_u32) }).map(drop)
+    raw::numbers(libc::SYS_landlock_restrict_self, &[ruleset as usize, 0]).map(drop)
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {

@@ -5,8 +5,8 @@ use rustix::process::Resource;
 use super::plan::Limits;
 
 /// Descriptors between the program's limit and the launcher's own: the
-/// executable, the control socket and the Landlock ruleset are parked there.
-pub const PARKED: u64 = 3;
+/// executable, the control socket, the Landlock ruleset and a pipe are parked there.
+pub const PARKED: u64 = 4;
 
 /// RLIMIT_NOFILE for the program: the policy's, or what the host leaves.
 ///

@@ -1,6 +1,7 @@
 //! The process that becomes the program: from init's fork to exec.
 //!
-//! The same rule as in `init`: only system calls. Direct mode's memfd-exec is
+//! The same rule as in `init`: only system calls. In a jail it shares init's memory until
+//! exec, so neither writes to what both use, `errno` included. Direct mode's memfd-exec is
 //! the one exception; it allocates, which is sound here because this is the
 //! only thread of a process of its own.
 
@@ -24,14 +25,20 @@ use crate::sys::{self, Mapping};
 /// Descriptors that come with [`Start`], in the order of `message::LaunchFds`.
 const START_FDS: usize = 5;
 
+/// What it begins with.
+#[derive(Clone, Copy)]
+pub(super) struct Beginning<'a> {
+    pub context: Context<'a>,
+    /// The Landlock ruleset to enter.
+    pub ruleset: Option<RawFd>,
+    /// A pipe's end that nobody else has: closed by exec, it tells init of that.
+    pub exec_told_by: Option<RawFd>,
+}
+
 /// Never returns: execs, or reports what failed and exits.
-pub(super) fn main(
-    mut context: Context<'_>,
-    ruleset: Option<RawFd>,
-    host_proc: BorrowedFd<'_>,
-) -> ! {
-    let ready = context.at(Step::Attributes, prefer_for_oom(host_proc));
-    match ready.and_then(|()| become_program(&mut context, ruleset)) {
+pub(super) fn main(beginning: Beginning<'_>) -> ! {
+    let mut context = beginning.context;
+    match become_program(&mut context, &beginning) {
         Ok(never) => match never {},
         Err(error) => context.fail(error),
     }
@@ -39,8 +46,9 @@ pub(super) fn main(
 
 fn become_program(
     context: &mut Context<'_>,
-    ruleset: Option<RawFd>,
+    beginning: &Beginning<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
+    let ruleset = beginning.ruleset;
     let blueprint = context.blueprint;
     // 1. A session of its own: no controlling terminal to push input into.
     context.at(Step::Session, rustix::process::setsid())?;
@@ -72,7 +80,7 @@ fn become_program(
 
     // 6. Descriptors: 0, 1, 2; the executable and the control socket go to
     //    numbers that the program's own can never reach; all are close-on-exec but 0, 1, 2.
-    context.at(Step::Descriptors, place_descriptors(*context, &fds, ruleset))?;
+    context.at(Step::Descriptors, place_descriptors(*context, &fds, beginning))?;
     // From here on also a failure is told over the parked copy.
     // SAFETY: it was just put there.
     context.control = unsafe { BorrowedFd::borrow_raw(blueprint.control_fd) };
@@ -106,16 +114,6 @@ fn become_program(
     context.at(Step::Exec, Err(error))
 }
 
-/// When memory runs out, the kernel shall take the program and what it starts,
-/// never init, which must tell of it. Raising the score takes no capability.
-fn prefer_for_oom(host_proc: BorrowedFd<'_>) -> io::Result<()> {
-    use rustix::fs::{Mode, OFlags};
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let score = rustix::fs::openat(host_proc, c"self/oom_score_adj", flags, Mode::empty())?;
-    rustix::io::write(&score, b"1000")?;
-    Ok(())
-}
-
 fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS]), StepError> {
     let mut bytes = [0; START_LEN];
     let mut fds = [-1; START_FDS];
@@ -128,12 +126,12 @@ fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS]), St
     }
 }
 
-/// `fds`: executable, stdin, stdout, stderr, call. The ruleset, if any, goes to
-/// `exec_fd + 2`, beyond everything that is closed here.
+/// `fds`: executable, stdin, stdout, stderr, call. The ruleset and the pipe's end, if
+/// any, go to `exec_fd + 2` and `+ 3`, beyond everything that is closed here.
 fn place_descriptors(
     context: Context<'_>,
     fds: &[RawFd; START_FDS],
-    ruleset: Option<RawFd>,
+    beginning: &Beginning<'_>,
 ) -> io::Result<()> {
     let blueprint = context.blueprint;
     let [executable, stdin, stdout, stderr, _call] = *fds;
@@ -143,14 +141,16 @@ fn place_descriptors(
     };
     sys::dup_to(executable, blueprint.exec_fd)?;
     sys::dup_to(std::os::fd::AsRawFd::as_raw_fd(&context.control), blueprint.control_fd)?;
-    if let Some(ruleset) = ruleset {
-        sys::dup_to(ruleset, blueprint.exec_fd + 2)?;
+    for (from, place) in [(beginning.ruleset, 2), (beginning.exec_told_by, 3)] {
+        if let Some(from) = from {
+            sys::dup_to(from, blueprint.exec_fd + place)?;
+        }
     }
     for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
         sys::dup_to_inherited(from, to)?;
     }
     sys::close_range(3, blueprint.exec_fd as u32 - 1)?;
-    sys::close_range(blueprint.exec_fd as u32 + 3, u32::MAX)
+    sys::close_range(blueprint.exec_fd as u32 + 4, u32::MAX)
 }
 
 fn open_interpreter(path: &CStr) -> io::Result<RawFd> {

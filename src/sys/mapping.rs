@@ -30,12 +30,10 @@ impl Mapping {
     fn new(length: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<Self> {
         // An empty mapping is an error to mmap, but not to us.
         let mapped = length.max(1);
+        let arguments = [0, mapped, protection as usize, flags as usize, fd as isize as usize, 0];
         // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(ptr::null_mut(), mapped, protection, flags, fd, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { start: start.cast(), length })
+        let start = unsafe { super::raw::syscall(libc::SYS_mmap, arguments) }?;
+        Ok(Self { start: ptr::with_exposed_provenance_mut(start), length })
     }
 
     /// Its bytes. The file must be at least as long as was said, and sealed:

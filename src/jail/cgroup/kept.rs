@@ -45,7 +45,7 @@ impl KeptCgroups {
     ///
     /// # Errors
     /// It, as of [`Cgroup::remove`].
-    pub fn give_back(&mut self, cgroup: Cgroup) -> Result<(), Cgroup> {
+    pub fn give_back(&mut self, cgroup: Cgroup) -> Result<(), Box<Cgroup>> {
         if self.kept.len() < KEPT_MAX && cgroup.is_reusable() {
             self.kept.push_back(cgroup);
             return Ok(());
@@ -57,7 +57,7 @@ impl KeptCgroups {
     ///
     /// # Errors
     /// As of [`Cgroup::remove`].
-    pub fn let_one_go(&mut self) -> Result<(), Cgroup> {
+    pub fn let_one_go(&mut self) -> Result<(), Box<Cgroup>> {
         self.kept.pop_front().map_or(Ok(()), Cgroup::remove)
     }
 }

@@ -307,7 +307,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// Itself, when a process is still in it: keep it aside and try again later.
-    pub fn remove(self) -> Result<(), Self> {
+    pub fn remove(self) -> Result<(), Box<Self>> {
         let mut gone = true;
         for source in &self.sources {
             let memory =
@@ -319,7 +319,7 @@ impl Cgroup {
             }
             gone &= files::remove(&source.path).is_ok();
         }
-        if gone { Ok(()) } else { Err(self) }
+        if gone { Ok(()) } else { Err(Box::new(self)) }
     }
 
     /// Whether it was made with these limits, and has them still.

@@ -175,7 +175,7 @@ fn kill_and_remove(hierarchy: &Hierarchy) {
         assert_eq!(child.wait().terminating_signal(), Some(Signal::KILL.as_raw()));
     }
     until("emptiness", || !occupied(hierarchy));
-    remove(cgroup);
+    remove(*cgroup);
 }
 
 /// A child that ends at once, in a cgroup that is then handed over to be kept.

@@ -22,7 +22,7 @@ impl Launcher {
         let build = self.ahead.due(self.most_ahead(), now, quiet);
         let remains = !self.gone.is_empty() || !self.over.is_empty();
         let at_once = self.hurries() || self.is_crowded(now);
-        let free = remains.then(|| if at_once { now } else { quiet });
+        let free = remains.then_some(if at_once { now } else { quiet });
         let spare = self.kept() > 0;
         build.into_iter().chain(free).chain(spare.then_some(quiet)).min()
     }

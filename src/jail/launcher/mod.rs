@@ -183,7 +183,7 @@ impl Remains {
 
 /// A cgroup or uid that couldn't be freed when its run was answered.
 struct Leftover {
-    cgroup: Cgroup,
+    cgroup: Box<Cgroup>,
     ids: Option<HostIds>,
     /// Whose release the server waits for.
     run: Option<RunId>,

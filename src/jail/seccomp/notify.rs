@@ -10,6 +10,7 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::filter::sock_filter;
+use crate::sys::raw;
 
 /// Installs `filter` for the calling thread and all that it starts from now on.
 ///
@@ -180,14 +181,11 @@ const _: () = assert!(
 );
 
 fn set_filter(flags: libc::c_ulong, program: &libc::sock_fprog) -> io::Result<RawFd> {
-    let operation = libc::SECCOMP_SET_MODE_FILTER;
+    let operation = libc::SECCOMP_SET_MODE_FILTER as usize;
+    let arguments = [operation, flags as usize, ptr::from_ref(program) as usize, 0, 0, 0];
     // SAFETY: the kernel copies the program, whose length and address belong
     // together: `install` took both from one slice.
-    let done =
-        unsafe { libc::syscall(libc::SYS_seccomp, operation, flags, ptr::from_ref(program)) };
-    if done < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let done = unsafe { raw::syscall(libc::SYS_seccomp, arguments) }?;
     // A descriptor, or 0.
     Ok(done as RawFd)
 }

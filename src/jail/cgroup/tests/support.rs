@@ -180,6 +180,6 @@ pub(super) fn remove(mut cgroup: Cgroup) {
     let deadline = Instant::now() + PATIENCE;
     while let Err(back) = cgroup.remove() {
         assert!(Instant::now() < deadline, "{back:?} stays");
-        cgroup = back;
+        cgroup = *back;
     }
 }
