@@ -377,7 +377,7 @@ fn start_with_open_files(limit: u64) -> Launcher {
 
 #[test]
 fn runs_leave_the_launcher_descriptors_to_go_on_with() {
-    let launcher = start_with_open_files(140);
+    let launcher = start_with_open_files(150);
     let shell = shell();
     let mut runs = vec![];
     let refusal = loop {

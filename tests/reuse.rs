@@ -7,7 +7,11 @@ mod common;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use common::{Call, Dispatcher, Reply, dispatcher::plain, programs, wait_until};
+use common::{
+    Call, Dispatcher, Facts, Reply,
+    dispatcher::{Running, plain},
+    not_here, programs, rootless, scaled_ms, wait_until,
+};
 
 /// Calls at once.
 const CROWD: usize = 24;
@@ -75,6 +79,34 @@ fn nothing_that_runs_leave_is_found_by_others() {
         }
     }
     assert_eq!(looks, ROUNDS * CROWD / 2);
+}
+
+/// The kernel counts inotify's instances for a user, for whoever owns its user namespace,
+/// and so on: what one run takes must be nobody else's.
+#[test]
+fn instances_of_inotify_are_each_runs_own() {
+    if rootless() {
+        not_here!("without root a run's user namespace is its operator's");
+    }
+    let count = |facts: Facts| facts.one("instances").to_owned();
+    let outside = || count(programs::outside("leave", &["watch", "0"]).facts());
+    let most = outside();
+    let held = programs::background(&programs::path("leave"), &["watch", "60000"]);
+    wait_until("one takes all outside", Duration::from_secs(10), || outside() == "0 EMFILE");
+    drop(held);
+    wait_until("they are given back", Duration::from_secs(10), || outside() == most);
+
+    let dispatcher = Dispatcher::start([("jail", plain(TABLES))]);
+    let alone = count(dispatcher.call(leave("watch", 0)).ok().facts());
+    // Long enough to be there all at once.
+    let running: Vec<_> =
+        (0..CROWD).map(|_| dispatcher.begin(leave("watch", scaled_ms(1000) as u32))).collect();
+    while !running.iter().all(Running::is_over) {
+        assert_eq!(outside(), most, "root's are its own");
+    }
+    for running in running {
+        assert_eq!(count(running.finish().unwrap().ok().facts()), alone);
+    }
 }
 
 /// Memory, processor time, tasks, limits and their ends are each run's own; and what is

@@ -72,7 +72,7 @@ impl IdPool {
     pub fn namespace(&mut self, ids: HostIds) -> io::Result<OwnedFd> {
         match self.namespaces.remove(&ids.slot) {
             Some(namespace) => Ok(namespace),
-            None => make_namespace(|pid| write_maps(pid, IdMap::Own(ids))),
+            None => make_namespace(ids.program, |pid| write_maps(pid, IdMap::Own(ids))),
         }
     }
 
@@ -158,36 +158,66 @@ pub fn write_maps(pid: i32, map: IdMap) -> io::Result<()> {
 /// # Errors
 /// Those of clone(2) and of writing the maps.
 pub fn idmap_namespace((uid, gid): (u32, u32), program: u32) -> io::Result<OwnedFd> {
-    make_namespace(|pid| {
+    make_namespace(program, |pid| {
         fs::write(format!("/proc/{pid}/uid_map"), format!("{uid} {program} 1\n"))?;
         fs::write(format!("/proc/{pid}/gid_map"), format!("{gid} {program} 1\n"))
     })
 }
 
 /// A user namespace, by way of a child that is in it until `map` has mapped it.
-fn make_namespace(map: impl FnOnce(i32) -> io::Result<()>) -> io::Result<OwnedFd> {
+///
+/// Its owner is `owner`, a host uid that nobody has outside of it. What is counted for
+/// each user in it, such as inotify's instances, is counted for its owner as well
+/// (`inc_ucount`, kernel/ucount.c): were that root, one run could use up root's share.
+fn make_namespace(owner: u32, map: impl FnOnce(i32) -> io::Result<()>) -> io::Result<OwnedFd> {
     let (parent, child) = sys::seqpacket_pair()?;
-    // SAFETY: the launcher has one thread, and the child only waits and exits.
-    let cloned = unsafe { super::namespaces::clone(libc::CLONE_NEWUSER as u64, None) }?;
+    // SAFETY: the launcher has one thread, and the child makes only system calls.
+    let cloned = unsafe { super::namespaces::clone(0, None) }?;
     let (pid, pidfd) = match cloned {
         super::namespaces::Cloned::Child => {
             // Our copy of the parent's end must go, or we would never see it close.
             drop(parent);
-            let mut byte = [0];
-            // Whether the read fails or ends, there is nothing left to do but go.
-            rustix::io::read(&child, &mut byte).ok();
+            let errno = match enter_namespace_of(owner) {
+                Ok(()) => 0,
+                Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+            };
+            // Whatever fails or ends, there is nothing left to do but go.
+            rustix::io::write(&child, &errno.to_ne_bytes()).ok();
+            rustix::io::read(&child, &mut [0]).ok();
             sys::exit_now(0)
         }
         super::namespaces::Cloned::Parent(pid, pidfd) => (pid, pidfd),
     };
     drop(child);
-    let made = map(pid).and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
+    let made = hear_errno(&parent)
+        .and_then(|()| map(pid))
+        .and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
     drop(parent); // the child exits
     rustix::process::waitid(
         rustix::process::WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)),
         rustix::process::WaitIdOptions::EXITED,
     )?;
     Ok(made?.into())
+}
+
+/// Only system calls.
+fn enter_namespace_of(owner: u32) -> io::Result<()> {
+    // Capabilities stay: where unprivileged users may make none, this isn't one of them.
+    rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    let same = usize::MAX;
+    raw::numbers(libc::SYS_setresuid, &[same, owner as usize, same])?;
+    sys::unshare(rustix::thread::UnshareFlags::NEWUSER)
+}
+
+fn hear_errno(child: &OwnedFd) -> io::Result<()> {
+    let mut errno = [0; 4];
+    match rustix::io::read(child, &mut errno)? {
+        4 => match i32::from_ne_bytes(errno) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        },
+        _ => Err(io::Error::from_raw_os_error(libc::ECHILD)),
+    }
 }
 
 /// Changes all user and group ids and clears the supplementary groups. Only

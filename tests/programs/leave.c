@@ -1,9 +1,11 @@
 /* Leaves things behind, and looks for them: `leave all KEY`, `leave look KEY`.
- * `hold` does as `all` and stays; `clean` takes away what outlives the process
+ * `hold` does as `all` and stays; `watch` takes all of its user's inotify instances and
+ * says how many, and stays for KEY ms; `clean` takes away what outlives the process
  * where there is no jail. KEY is a number, so that tests don't meet. */
 #include "probe.h"
 #include <stddef.h>
 #include <sys/file.h>
+#include <sys/inotify.h>
 #include <sys/ipc.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
@@ -60,17 +62,28 @@ static void look(key_t key)
 	fact("abstract", "%s", outcome(connect(client, (struct sockaddr *)&name, name_length)));
 }
 
+static void watch(void)
+{
+	int count = 0;
+	while (inotify_init1(IN_CLOEXEC) >= 0)
+		count++;
+	fact("instances", "%d %s", count, error_name());
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 3)
-		misuse("leave all|hold|look|clean KEY");
+		misuse("leave all|hold|look|watch|clean KEY");
 	key_t key = atoi(argv[2]);
 	snprintf(path, sizeof path, "/tmp/leave-%d", key);
 	int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "leave-%d", key);
 	name_length = offsetof(struct sockaddr_un, sun_path) + 1 + length;
 	if (!strcmp(argv[1], "look"))
 		look(key);
-	else if (!strcmp(argv[1], "clean")) {
+	else if (!strcmp(argv[1], "watch")) {
+		watch();
+		usleep(key * 1000);
+	} else if (!strcmp(argv[1], "clean")) {
 		shmctl(shmget(key, 1, 0), IPC_RMID, NULL);
 		unlink(path);
 	} else {
