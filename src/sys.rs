@@ -10,7 +10,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::CommandExt as _,
     },
     process::{Child, Command},
@@ -109,6 +109,40 @@ pub fn receive_bytes(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<
     }
     let descriptors = (!lost).then_some(descriptors);
     Ok(Some(Packet { length: received.bytes, descriptors }))
+}
+
+/// Whether another open file than this one has a lock of F_OFD_SETLK, or a process one of
+/// F_SETLK, on any part of it; fcntl(2). Locks of flock(2) are others.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn open_file_lock(file: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut lock = whole_file(libc::F_WRLCK);
+    let command = libc::F_OFD_GETLK as usize;
+    let arguments = [file.as_raw_fd() as usize, command, (&raw mut lock) as usize, 0, 0, 0];
+    // SAFETY: the structure outlives the call.
+    unsafe { raw::syscall(libc::SYS_fcntl, arguments) }?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Takes such a lock, for reading.
+///
+/// # Errors
+/// Those of fcntl(2).
+#[cfg(test)]
+pub(crate) fn lock_open_file(file: BorrowedFd<'_>) -> io::Result<()> {
+    let lock = whole_file(libc::F_RDLCK);
+    let command = libc::F_OFD_SETLK as usize;
+    let arguments = [file.as_raw_fd() as usize, command, (&raw const lock) as usize, 0, 0, 0];
+    // SAFETY: the structure outlives the call.
+    unsafe { raw::syscall(libc::SYS_fcntl, arguments) }.map(drop)
+}
+
+fn whole_file(kind: i32) -> libc::flock {
+    // SAFETY: all-zero is a valid flock: from the beginning, to the end, nobody's.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock
 }
 
 /// Opens a file for reading: no link is followed at the path's end, and a FIFO
@@ -506,7 +540,7 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 mod tests {
     use super::*;
 
-    use std::os::{fd::AsRawFd as _, unix::fs::MetadataExt as _};
+    use std::os::unix::fs::MetadataExt as _;
 
     /// How often this process has a file open, whatever other tests do meanwhile.
     fn copies(file: &OwnedFd) -> usize {

@@ -36,7 +36,7 @@ pub struct Prepared {
 pub struct Purpose<'a> {
     /// Direct or jail.
     pub mode: Mode,
-    /// Its name: of its cgroups, and its host name.
+    /// Its name, which is its host's.
     pub name: &'a str,
     /// See [`Blueprint::serial`].
     pub serial: u64,

@@ -6,19 +6,24 @@
 //! program has a capability. So the launcher makes them once, in a mount namespace of
 //! their own that nobody stays in, and each serves one jail at a time: init works in a
 //! copy of that namespace, to which it adds the run's own /proc and /tmp. What two jails
-//! that shared one could see of each other is locks on its inodes, such as /dev/null.
+//! that shared one could do to each other is lock its inodes, such as /dev/null. (They
+//! could also see that it is the same one, by its device number.)
 //!
-//! What a run could leave behind is therefore a lock that somebody still holds: of its
-//! processes nobody, once it is gone, but a descriptor may be on its way in a socket that
-//! is in its own queue, unix(7). A root is used again only where the network namespace
-//! of its run was seen without sockets, as [`super::network`] does.
+//! What a run could leave behind is therefore a lock. Of its processes nobody holds one,
+//! once it is gone; but a descriptor may have been on its way in a socket that was in its
+//! own queue, unix(7), and the kernel closes such ones when it finds them, some time after
+//! the sockets. So each lock is tried before a root is used again: whoever is gone can't
+//! take another.
 
 use std::{
+    collections::VecDeque,
     ffi::CStr,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::{
     mounts,
@@ -36,12 +41,35 @@ const SIZE: &CStr = c"64k";
 #[derive(Debug)]
 pub struct EmptyRoot {
     namespace: OwnedFd,
+    /// Its directories that a program can open: / and /dev.
+    directories: [OwnedFd; 2],
     with_tmp: bool,
 }
 
 impl EmptyRoot {
     /// How many descriptors one has open.
-    pub const DESCRIPTORS: usize = 1;
+    pub const DESCRIPTORS: usize = 3;
+
+    /// Whether nobody holds a lock on anything in it; not, where that can't be tried.
+    fn is_unlocked(&self) -> bool {
+        let [_, dev] = &self.directories;
+        let open = |name| {
+            // To be locked it need not be written to; /dev/full and others don't mind.
+            rustix::fs::openat(dev, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        };
+        self.directories.iter().all(|directory| unlocked(directory.as_fd()))
+            && mounts::DEVICES
+                .iter()
+                .all(|(name, ..)| open(*name).is_ok_and(|node| unlocked(node.as_fd())))
+    }
+}
+
+/// Both kinds that a descriptor can hold, flock(2) and F_OFD_SETLK of fcntl(2): the
+/// third belongs to a process and goes with it. Leases are for the owner, which is root.
+fn unlocked(file: BorrowedFd<'_>) -> bool {
+    let taken = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
+    let released = taken.and_then(|()| rustix::fs::flock(file, FlockOperation::Unlock));
+    released.is_ok() && crate::sys::open_file_lock(file).is_ok_and(|lock| !lock)
 }
 
 impl AsFd for EmptyRoot {
@@ -53,7 +81,8 @@ impl AsFd for EmptyRoot {
 /// Those that wait for their next run.
 #[derive(Debug, Default)]
 pub struct EmptyRoots {
-    kept: Vec<EmptyRoot>,
+    /// The longest kept first.
+    kept: VecDeque<EmptyRoot>,
 }
 
 impl EmptyRoots {
@@ -65,19 +94,20 @@ impl EmptyRoots {
 
     /// Keeps one less.
     pub fn let_one_go(&mut self) {
-        self.kept.pop();
+        self.kept.pop_front();
     }
 
-    /// One that nobody is in; `with_tmp`: with a place for /tmp.
+    /// One that nobody is in, and in which nothing is locked; `with_tmp`: with a place for
+    /// /tmp. One that is locked is none of use.
     pub fn take(&mut self, with_tmp: bool) -> Option<EmptyRoot> {
-        let index = self.kept.iter().rposition(|root| root.with_tmp == with_tmp)?;
-        Some(self.kept.swap_remove(index))
+        let index = self.kept.iter().position(|root| root.with_tmp == with_tmp)?;
+        self.kept.remove(index).filter(EmptyRoot::is_unlocked)
     }
 
-    /// Takes one back whose run is gone, and of whose locks nobody holds any.
+    /// Takes one back whose run is gone.
     pub fn give_back(&mut self, root: EmptyRoot) {
         if self.kept.len() < KEPT_MAX {
-            self.kept.push(root);
+            self.kept.push_back(root);
         }
     }
 }
@@ -103,10 +133,7 @@ pub fn make(with_tmp: bool, fault: Fault) -> Result<EmptyRoot, StepError> {
         Cloned::Parent(pid, pidfd) => (pid, pidfd),
     };
     drop(theirs);
-    let made = hear(&ours).and_then(|()| {
-        let namespace = File::open(format!("/proc/{pid}/ns/mnt")).map_err(failed)?;
-        Ok(EmptyRoot { namespace: namespace.into(), with_tmp })
-    });
+    let made = hear(&ours).and_then(|()| hold(pid, with_tmp).map_err(failed));
     drop(ours); // the child exits
     let reaped = rustix::process::waitid(
         rustix::process::WaitId::PidFd(pidfd.as_fd()),
@@ -114,6 +141,15 @@ pub fn make(with_tmp: bool, fault: Fault) -> Result<EmptyRoot, StepError> {
     );
     reaped.map_err(|error| failed(error.into()))?;
     made
+}
+
+/// Holds the root that the child is in.
+fn hold(pid: i32, with_tmp: bool) -> io::Result<EmptyRoot> {
+    let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?.into();
+    let root = File::open(format!("/proc/{pid}/root"))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dev = rustix::fs::openat(&root, c"dev", flags, Mode::empty())?;
+    Ok(EmptyRoot { namespace, directories: [root.into(), dev], with_tmp })
 }
 
 /// The child's part: builds, tells, and stays until the parent has closed.
@@ -190,12 +226,33 @@ mod tests {
     }
 
     #[test]
-    fn one_without_a_place_for_tmp_is_not_taken_for_one_with() {
-        let namespace = || File::open("/proc/self/ns/mnt").unwrap().into();
+    fn one_in_which_something_is_locked_is_of_no_use() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not here: mounts take root");
+            return;
+        }
         let mut roots = EmptyRoots::default();
-        roots.give_back(EmptyRoot { namespace: namespace(), with_tmp: false });
-        assert!(roots.take(true).is_none());
-        assert!(roots.take(false).is_some());
+        roots.give_back(make(false, Fault::NONE).unwrap());
+        assert!(roots.take(true).is_none(), "it has no place for /tmp");
+        let root = roots.take(false).unwrap();
         assert_eq!(roots.kept(), 0);
+        for name in [".", "dev", "dev/null", "dev/urandom"] {
+            for whole in [true, false] {
+                let root = make(false, Fault::NONE).unwrap();
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let file = rustix::fs::openat(&root.directories[0], name, flags, Mode::empty());
+                let file = file.unwrap();
+                if whole {
+                    rustix::fs::flock(&file, FlockOperation::LockShared).unwrap();
+                } else {
+                    crate::sys::lock_open_file(file.as_fd()).unwrap();
+                }
+                assert!(!root.is_unlocked(), "{name} {whole}");
+                roots.give_back(root);
+                assert!(roots.take(false).is_none(), "{name} {whole}");
+                assert_eq!(roots.kept(), 0);
+            }
+        }
+        assert!(root.is_unlocked());
     }
 }

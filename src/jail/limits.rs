@@ -61,10 +61,10 @@ mod tests {
     fn open_files_leave_room_to_park() {
         let mut limits = Limits::default();
         assert_eq!(open_files(&limits, 1024), Ok(256));
-        assert_eq!(open_files(&limits, 258), Err(255));
-        assert_eq!(open_files(&limits, 259), Ok(256));
+        assert_eq!(open_files(&limits, 259), Err(255));
+        assert_eq!(open_files(&limits, 260), Ok(256));
         limits.open_files = Limit::Unlimited;
-        assert_eq!(open_files(&limits, 1024), Ok(1021));
+        assert_eq!(open_files(&limits, 1024), Ok(1020));
         assert_eq!(open_files(&limits, 1 << 30), Ok(1 << 16));
     }
 

@@ -128,7 +128,7 @@ pub struct Run {
 pub struct Parts {
     /// See [`Run`].
     pub serial: u64,
-    /// Its name in logs, of its cgroups and its host.
+    /// Its name in logs and of its host; of its cgroups as well where they are new.
     pub name: String,
     /// See [`Run`].
     pub ids: Option<HostIds>,

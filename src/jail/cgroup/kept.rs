@@ -1,13 +1,12 @@
 //! Cgroups of v1, used again.
 //!
 //! Making one in every hierarchy and removing it again is dear, and one of v1 can be
-//! made as good as new: its peaks can be reset, its other counters start from where
-//! they are, and what stays charged to it is seen. (v2 has events and peaks that
-//! can't be reset: there each run has a new one.) A cgroup is used again only
+//! made as good as new: its peaks can be reset, its share of processors refilled, and what
+//! stays charged to it is seen. Where v2 is there beside it, without controllers, its
+//! directory there is made anew. (Nothing of v2 can be reset: where that has the
+//! controllers each run has a new one.) A cgroup is used again only
 //!
 //! - for the very limits that it was made with, and that no call has tightened;
-//! - where it was not killed as a whole: what is cloned into such a one from outside is
-//!   killed too (`kill_seq` in `cgroup_css_set_fork`, kernel/cgroup/cgroup.c);
 //! - where nobody was killed for want of memory in it: that count is for ever;
 //! - where its most processes ever are what any run has, init and the program: that
 //!   count is for ever too;
@@ -37,8 +36,13 @@ impl KeptCgroups {
     /// One that is as good as a new one with these limits.
     pub fn take(&mut self, limits: &CgroupLimits) -> Option<Cgroup> {
         let index = self.kept.iter().position(|cgroup| cgroup.has_limits(limits))?;
-        let renewed = self.kept[index].renew();
-        renewed.then(|| self.kept.remove(index)).flatten()
+        let mut cgroup = self.kept.remove(index)?;
+        if cgroup.renew() {
+            return Some(cgroup);
+        }
+        // Not to be in the way of others that are ready.
+        self.kept.push_back(cgroup);
+        None
     }
 
     /// Keeps one whose run is gone, if it could be used again; removes it if not.

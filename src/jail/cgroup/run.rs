@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -41,8 +41,6 @@ pub struct Cgroup {
     fresh_peak: Option<File>,
     /// What it was made with, where all of that is in force and was not changed since.
     limits: Option<CgroupLimits>,
-    /// It was killed as a whole.
-    killed: Cell<bool>,
     /// The most that was seen by looking, where the kernel keeps no peak.
     seen: Cell<Seen>,
 }
@@ -76,7 +74,6 @@ impl Cgroup {
             cpu_baseline: CpuUsage::default(),
             fresh_peak: None,
             limits: None,
-            killed: Cell::new(false),
             seen: Cell::default(),
         };
         for source in hierarchy.directories(name) {
@@ -132,9 +129,8 @@ impl Cgroup {
         files::make(&source.path).map_err(|error| failed("making", error))?;
         self.sources.push(source.clone());
         if source.kind.is_unified() {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let fd = rustix::fs::open(&source.path, flags, Mode::empty());
-            self.unified = Some(fd.map_err(|error| failed("opening", error.into()))?);
+            let fd = open_directory(&source.path);
+            self.unified = Some(fd.map_err(|error| failed("opening", error))?);
         }
         Ok(())
     }
@@ -234,7 +230,6 @@ impl Cgroup {
     /// kill init, whose pid namespace takes the others along.
     #[must_use]
     pub fn kill(&self) -> bool {
-        self.killed.set(true);
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
@@ -331,7 +326,8 @@ impl Cgroup {
     /// run is gone: nothing comes into it any more.
     pub(super) fn is_reusable(&self) -> bool {
         let counts = |source: &Source| source.kind.is_unified() && !source.controllers.is_empty();
-        if self.limits.is_none() || self.killed.get() || self.sources.iter().any(counts) {
+        let timed = self.sources.iter().any(|source| source.kind.is_unified());
+        if self.limits.is_none() || !timed || self.sources.iter().any(counts) {
             return false;
         }
         let Some(pids) = self.source(Controller::Pids) else { return false };
@@ -350,11 +346,28 @@ impl Cgroup {
         if !charged.is_some_and(|bytes| bytes.is_ok_and(|bytes| bytes <= CHARGED_MAX)) {
             return false;
         }
+        if self.renew_unified().is_err() {
+            return false;
+        }
         self.cpu_baseline = CpuUsage::default();
         self.seen = Cell::default();
         let limits_cpus = self.limits.is_some_and(|limits| limits.cpus.finite().is_some());
         let cpu = self.source(Controller::Cpu).filter(|_| limits_cpus);
         cpu.is_none_or(|cpu| v1::refill_cpu(&cpu.path).is_ok())
+    }
+
+    /// On v2 nothing can be reset: how processor time divides between user and system goes
+    /// by what was seen since the directory was made, and one that was killed as a whole
+    /// kills what is cloned into it later (`kill_seq`, kernel/cgroup/cgroup.c). Without
+    /// controllers it is cheap to make.
+    fn renew_unified(&mut self) -> io::Result<()> {
+        self.unified = None;
+        for source in self.sources.iter().filter(|source| source.kind.is_unified()) {
+            fs::remove_dir(&source.path)?;
+            files::make(&source.path)?;
+            self.unified = Some(open_directory(&source.path)?);
+        }
+        Ok(())
     }
 
     /// Notes what there is now, where the kernel keeps no peak.
@@ -390,6 +403,11 @@ impl Cgroup {
             self.source(Controller::Cpuacct).map(|source| (source.kind, source.path.as_path()))
         })
     }
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 fn given(

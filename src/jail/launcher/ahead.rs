@@ -344,6 +344,7 @@ impl Launcher {
     /// All that wait are ended: the launcher ends.
     pub(super) fn give_up_ahead(&mut self) {
         self.renew_ahead(&HashMap::new());
+        self.ahead.review_at = None;
     }
 
     fn retire_all(&mut self, key: &(TemplateId, Mode)) {

@@ -155,7 +155,7 @@ impl Launcher {
         mode: Mode,
         built_for: BuiltFor<'_>,
     ) -> Result<u64, Refusal> {
-        let ready = self.prepare(prepared, mode, built_for)?;
+        let ready = self.prepare(prepared, mode, built_for, 0)?;
         let cloned = self.clone_init(&ready);
         self.enter(ready, cloned)
     }
@@ -172,13 +172,11 @@ impl Launcher {
     ) -> Vec<Result<u64, Refusal>> {
         let mut built = Vec::with_capacity(count);
         let mut ready = Vec::with_capacity(count);
-        for _ in 0..count {
-            match self.prepare(prepared, mode, BuiltFor::Later) {
+        let mut refused = None;
+        while ready.len() < count && refused.is_none() {
+            match self.prepare(prepared, mode, BuiltFor::Later, ready.len()) {
                 Ok(one) => ready.push(one),
-                Err(refusal) => {
-                    built.push(Err(refusal));
-                    break;
-                }
+                Err(refusal) => refused = Some(Err(refusal)),
             }
         }
         let mut cloned = Vec::with_capacity(ready.len());
@@ -186,18 +184,24 @@ impl Launcher {
         for (one, cloned) in ready.into_iter().zip(cloned) {
             built.push(self.enter(one, cloned));
         }
+        // Last: what goes wrong is what comes of it.
+        built.extend(refused);
         built
     }
 
-    /// Makes and takes all that a jail needs, but its init.
+    /// Makes and takes all that a jail needs, but its init; `others` of the same template
+    /// are prepared already.
     fn prepare(
         &mut self,
         prepared: &Rc<Prepared>,
         mode: Mode,
         built_for: BuiltFor<'_>,
+        others: usize,
     ) -> Result<Ready, Refusal> {
-        while !self.has_descriptors_for(&prepared.template) && self.let_one_go() {}
-        if !self.has_descriptors_for(&prepared.template) {
+        let has_descriptors =
+            |launcher: &Self| launcher.has_descriptors_for(&prepared.template, others + 1);
+        while !has_descriptors(self) && self.let_one_go() {}
+        if !has_descriptors(self) {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
         }
         let ids = match self.facts.root {
@@ -233,16 +237,17 @@ impl Launcher {
         }
     }
 
-    /// Whether a run more leaves the launcher the descriptors that it needs:
+    /// Whether so many runs more leave the launcher the descriptors that it needs:
     /// without one it could neither hear of a run's end nor start another.
-    pub(super) fn has_descriptors_for(&self, template: &Template) -> bool {
+    fn has_descriptors_for(&self, template: &Template, more: usize) -> bool {
         let runs: usize = self.runs.values().map(Run::descriptors).sum();
         let kept = EmptyNetwork::DESCRIPTORS * self.networks.kept()
             + EmptyRoot::DESCRIPTORS * self.roots.kept()
             + self.ids.kept()
             + Cgroup::DESCRIPTORS * (self.cgroups.kept() + self.leftovers.len());
-        let held = OWN_DESCRIPTORS + kept + runs;
-        u64::try_from(held + Run::descriptors_needed(template))
+        let gone = Run::DESCRIPTORS_WAITING * self.gone.len();
+        let held = OWN_DESCRIPTORS + kept + runs + gone;
+        u64::try_from(held + more * Run::descriptors_needed(template))
             .is_ok_and(|all| all <= self.facts.open_files)
     }
 

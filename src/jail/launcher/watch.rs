@@ -236,9 +236,10 @@ impl Launcher {
     pub(super) fn free(&mut self, remains: Remains) -> bool {
         match remains.cgroup.map(|cgroup| self.cgroups.give_back(cgroup)) {
             None | Some(Ok(())) => {
-                self.give_back(remains.ids, remains.user_namespace);
+                // A socket that is left may hold what else is left.
                 let network = remains.network;
                 let clean = network.is_some_and(|network| self.networks.give_back(network));
+                self.give_back(remains.ids, remains.user_namespace.filter(|_| clean));
                 if let Some(root) = remains.root.filter(|_| clean) {
                     self.roots.give_back(root);
                 }
