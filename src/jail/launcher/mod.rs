@@ -9,7 +9,8 @@
 //! the server's ends that server's runs.
 //!
 //! `peers` is what the two say, `start` starts a run, in a jail that `ahead` has
-//! ready if there is one, `watch` follows it, and `chores` is what nobody waits for.
+//! ready if there is one; `build` builds it, `watch` follows it, and `chores` is what
+//! nobody waits for.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -23,6 +24,7 @@ use std::{
 use rustix::event::epoll::{self, EventFlags};
 
 mod ahead;
+mod build;
 mod chores;
 mod peers;
 mod start;
