@@ -10,13 +10,15 @@ use std::{collections::BTreeSet, time::Duration};
 use common::{
     Call, Dispatcher, Facts, Reply,
     dispatcher::{Running, plain},
-    not_here, programs, rootless, scaled_ms, wait_until,
+    not_here, programs, rootless, scaled_ms, slowness, wait_until,
 };
 
 /// Calls at once.
 const CROWD: usize = 24;
-/// How often.
-const ROUNDS: usize = 6;
+/// How often; less where it takes long.
+fn rounds() -> usize {
+    ((6.0 / slowness()) as usize).max(2)
+}
 
 const TABLES: &str = "[limits]\nmemory = \"128MiB\"\n\
     [admission]\nconcurrency = 64\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n";
@@ -59,7 +61,7 @@ fn nothing_that_runs_leave_is_found_by_others() {
 
     let dispatcher = Dispatcher::start([("jail", plain(TABLES))]);
     let mut looks = 0;
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds() {
         let replies = crowd(&dispatcher, |index| leave(["all", "look"][index % 2], key));
         for (index, reply) in replies.into_iter().enumerate() {
             let facts = reply.ok().facts();
@@ -78,7 +80,7 @@ fn nothing_that_runs_leave_is_found_by_others() {
             }
         }
     }
-    assert_eq!(looks, ROUNDS * CROWD / 2);
+    assert_eq!(looks, rounds() * CROWD / 2);
 }
 
 /// The kernel counts inotify's instances for a user, for whoever owns its user namespace,
@@ -118,7 +120,7 @@ fn figures_and_limits_are_of_one_run() {
     let controls = |reply: &Reply| reply.report.enforced.iter().cloned().collect::<BTreeSet<_>>();
     let first = dispatcher.call(print()).ok();
     let hog = |way: &str, size: &str| Call::new("jail", "hog").args(&[way, size]);
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds() {
         let replies = crowd(&dispatcher, |index| match index % 6 {
             0 => hog("mmap", "96m"),
             1 => hog("mmap", "256m"),                 // over its limit
