@@ -69,7 +69,7 @@ impl EmptyRoot {
 fn unlocked(file: BorrowedFd<'_>) -> bool {
     let taken = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
     let released = taken.and_then(|()| rustix::fs::flock(file, FlockOperation::Unlock));
-    released.is_ok() && crate::sys::open_file_lock(file).is_ok_and(|lock| !lock)
+    released.is_ok() && sys::open_file_lock(file).is_ok_and(|lock| !lock)
 }
 
 impl AsFd for EmptyRoot {
@@ -245,7 +245,7 @@ mod tests {
                 if whole {
                     rustix::fs::flock(&file, FlockOperation::LockShared).unwrap();
                 } else {
-                    crate::sys::lock_open_file(file.as_fd()).unwrap();
+                    sys::lock_open_file(file.as_fd()).unwrap();
                 }
                 assert!(!root.is_unlocked(), "{name} {whole}");
                 roots.give_back(root);

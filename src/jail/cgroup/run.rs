@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    fs::{self, File},
+    fs::File,
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -363,7 +363,7 @@ impl Cgroup {
     fn renew_unified(&mut self) -> io::Result<()> {
         self.unified = None;
         for source in self.sources.iter().filter(|source| source.kind.is_unified()) {
-            fs::remove_dir(&source.path)?;
+            files::remove(&source.path)?;
             files::make(&source.path)?;
             self.unified = Some(open_directory(&source.path)?);
         }
