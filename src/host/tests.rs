@@ -136,7 +136,7 @@ fn what_a_policy_alone_asks_for_is_tried_too() {
     let filesystem = filesystem(vec![missing]);
     let found = host.shortfalls(&demand(&limits, &filesystem));
     let about = |control| found.iter().find(|one| one.subject == Subject::Control(control));
-    let enough = u64::MAX - 97; // three are parked above the program's own
+    let enough = u64::MAX - 100 + limits::PARKED;
     assert_eq!(limits::open_files(&limits, enough), Ok(u64::MAX - 100));
     assert_eq!(limits::open_files(&limits, enough - 1), Err(u64::MAX - 101));
     let mend = &about(Control::Rlimits).unwrap().mend;

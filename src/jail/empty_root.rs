@@ -26,9 +26,8 @@ use std::{
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::{
-    mounts,
-    namespaces::{self, Cloned},
-    step::{Fault, REPORT_LEN, Report, Step, StepError},
+    mounts, namespaces,
+    step::{Fault, StepError},
 };
 use crate::sys;
 
@@ -112,35 +111,13 @@ impl EmptyRoots {
     }
 }
 
-/// Makes one, by way of a child that is in it until it can be held.
+/// Makes one.
 ///
 /// # Errors
 /// The step that failed: those of [`mounts::enter_empty_root`], or of the clone.
 pub fn make(with_tmp: bool, fault: Fault) -> Result<EmptyRoot, StepError> {
-    let failed = |error: io::Error| {
-        let errno = error.raw_os_error().unwrap_or(libc::EIO);
-        StepError { step: Step::Clone, index: 2, errno }
-    };
-    let (ours, theirs) = sys::seqpacket_pair().map_err(failed)?;
-    // SAFETY: the launcher has one thread, and the child makes only system calls.
-    let cloned = unsafe { namespaces::clone(libc::CLONE_NEWNS as u64, None) };
-    let (pid, pidfd) = match cloned.map_err(failed)? {
-        Cloned::Child => {
-            // Our copy of the parent's end must go, or we would never see it close.
-            drop(ours);
-            build(with_tmp, fault, &theirs)
-        }
-        Cloned::Parent(pid, pidfd) => (pid, pidfd),
-    };
-    drop(theirs);
-    let made = hear(&ours).and_then(|()| hold(pid, with_tmp).map_err(failed));
-    drop(ours); // the child exits
-    let reaped = rustix::process::waitid(
-        rustix::process::WaitId::PidFd(pidfd.as_fd()),
-        rustix::process::WaitIdOptions::EXITED,
-    );
-    reaped.map_err(|error| failed(error.into()))?;
-    made
+    let enter = || mounts::enter_empty_root(SIZE, with_tmp, fault);
+    namespaces::make(libc::CLONE_NEWNS as u64, enter, |pid| hold(pid, with_tmp))
 }
 
 /// Holds the root that the child is in.
@@ -150,28 +127,6 @@ fn hold(pid: i32, with_tmp: bool) -> io::Result<EmptyRoot> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dev = rustix::fs::openat(&root, c"dev", flags, Mode::empty())?;
     Ok(EmptyRoot { namespace, directories: [root.into(), dev], with_tmp })
-}
-
-/// The child's part: builds, tells, and stays until the parent has closed.
-fn build(with_tmp: bool, fault: Fault, control: &OwnedFd) -> ! {
-    let report = match mounts::enter_empty_root(SIZE, with_tmp, fault) {
-        Ok(()) => Report::Ready,
-        Err(error) => Report::Failed(error),
-    };
-    // Where it can't be told, the parent sees the end.
-    sys::send_packet(control, &report.encode(), &[]).ok();
-    rustix::io::read(control, &mut [0]).ok();
-    sys::exit_now(0)
-}
-
-fn hear(control: &OwnedFd) -> Result<(), StepError> {
-    let mut bytes = [0; REPORT_LEN];
-    let length = rustix::io::read(control, &mut bytes).unwrap_or(0);
-    match Report::decode(&bytes[..length]) {
-        Some(Report::Ready) => Ok(()),
-        Some(Report::Failed(error)) => Err(error),
-        _ => Err(StepError { step: Step::Clone, index: 2, errno: libc::EPROTO }),
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use rustix::{
 use super::{
     blueprint::{INSIDE_ID, INSIDE_INIT_ID},
     cgroup::Lack,
+    namespaces,
     plan::{Control, HostUser},
+    step::{Step, StepError},
 };
 use crate::sys::{self, raw};
 
@@ -170,34 +172,17 @@ pub fn idmap_namespace((uid, gid): (u32, u32), program: u32) -> io::Result<Owned
 /// each user in it, such as inotify's instances, is counted for its owner as well
 /// (`inc_ucount`, kernel/ucount.c): were that root, one run could use up root's share.
 fn make_namespace(owner: u32, map: impl FnOnce(i32) -> io::Result<()>) -> io::Result<OwnedFd> {
-    let (parent, child) = sys::seqpacket_pair()?;
-    // SAFETY: the launcher has one thread, and the child makes only system calls.
-    let cloned = unsafe { super::namespaces::clone(0, None) }?;
-    let (pid, pidfd) = match cloned {
-        super::namespaces::Cloned::Child => {
-            // Our copy of the parent's end must go, or we would never see it close.
-            drop(parent);
-            let errno = match enter_namespace_of(owner) {
-                Ok(()) => 0,
-                Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
-            };
-            // Whatever fails or ends, there is nothing left to do but go.
-            rustix::io::write(&child, &errno.to_ne_bytes()).ok();
-            rustix::io::read(&child, &mut [0]).ok();
-            sys::exit_now(0)
-        }
-        super::namespaces::Cloned::Parent(pid, pidfd) => (pid, pidfd),
+    let enter = || {
+        enter_namespace_of(owner).map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            StepError { step: Step::UserNamespace, index: 0, errno }
+        })
     };
-    drop(child);
-    let made = hear_errno(&parent)
-        .and_then(|()| map(pid))
-        .and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
-    drop(parent); // the child exits
-    rustix::process::waitid(
-        rustix::process::WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)),
-        rustix::process::WaitIdOptions::EXITED,
-    )?;
-    Ok(made?.into())
+    let hold = |pid| {
+        map(pid)?;
+        Ok(fs::File::open(format!("/proc/{pid}/ns/user"))?.into())
+    };
+    namespaces::make(0, enter, hold).map_err(|error| io::Error::from_raw_os_error(error.errno))
 }
 
 /// Only system calls.
@@ -207,17 +192,6 @@ fn enter_namespace_of(owner: u32) -> io::Result<()> {
     let same = usize::MAX;
     raw::numbers(libc::SYS_setresuid, &[same, owner as usize, same])?;
     sys::unshare(rustix::thread::UnshareFlags::NEWUSER)
-}
-
-fn hear_errno(child: &OwnedFd) -> io::Result<()> {
-    let mut errno = [0; 4];
-    match rustix::io::read(child, &mut errno)? {
-        4 => match i32::from_ne_bytes(errno) {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(errno)),
-        },
-        _ => Err(io::Error::from_raw_os_error(libc::ECHILD)),
-    }
 }
 
 /// Changes all user and group ids and clears the supplementary groups. Only

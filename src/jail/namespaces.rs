@@ -2,12 +2,19 @@
 
 use std::{
     io,
-    os::fd::{BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use rustix::thread::UnshareFlags;
+use rustix::{
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+    thread::UnshareFlags,
+};
 
-use super::plan::{Control, Mode, Network};
+use super::{
+    plan::{Control, Mode, Network},
+    step::{REPORT_LEN, Report, Step, StepError},
+};
+use crate::sys;
 
 /// The namespaces a run gets, and when.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +107,60 @@ pub unsafe fn clone(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
         -1 => Err(io::Error::last_os_error()),
         // SAFETY: the kernel just made this descriptor for us.
         pid => Ok(Cloned::Parent(pid as i32, unsafe { OwnedFd::from_raw_fd(pidfd) })),
+    }
+}
+
+/// Makes namespaces for later by way of a child: it has those of `flags` from its clone,
+/// enters more by `enter`, and is there until `hold`, given its pid, has a hold on them.
+///
+/// `enter` may only make system calls; see [`clone`].
+///
+/// # Errors
+/// What `enter` said, or [`Step::Clone`] with the errno of anything else.
+pub fn make<T>(
+    flags: u64,
+    enter: impl FnOnce() -> Result<(), StepError>,
+    hold: impl FnOnce(i32) -> io::Result<T>,
+) -> Result<T, StepError> {
+    let failed = |error: io::Error| {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        StepError { step: Step::Clone, index: 2, errno }
+    };
+    let (ours, theirs) = sys::seqpacket_pair().map_err(failed)?;
+    // SAFETY: the launcher has one thread, and the child makes only system calls.
+    let (pid, pidfd) = match unsafe { clone(flags, None) }.map_err(failed)? {
+        Cloned::Child => {
+            // Our copy of the parent's end must go, or we would never see it close.
+            drop(ours);
+            enter_and_stay(enter, &theirs)
+        }
+        Cloned::Parent(pid, pidfd) => (pid, pidfd),
+    };
+    drop(theirs);
+    let made = hear_entered(&ours).and_then(|()| hold(pid).map_err(failed));
+    // Not by closing our end: where others fork too, they have copies of it.
+    pidfd_send_signal(&pidfd, Signal::KILL).map_err(|error| failed(error.into()))?;
+    waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)
+        .map_err(|error| failed(error.into()))?;
+    made
+}
+
+/// The child's part. It ends at the latest when the launcher does.
+fn enter_and_stay(enter: impl FnOnce() -> Result<(), StepError>, control: &OwnedFd) -> ! {
+    let report = enter().map_or_else(Report::Failed, |()| Report::Ready);
+    // Where it can't be told, the launcher sees the end.
+    sys::send_packet(control, &report.encode(), &[]).ok();
+    rustix::io::read(control, &mut [0]).ok();
+    sys::exit_now(0)
+}
+
+fn hear_entered(control: &OwnedFd) -> Result<(), StepError> {
+    let mut bytes = [0; REPORT_LEN];
+    let length = rustix::io::read(control, &mut bytes).unwrap_or(0);
+    match Report::decode(&bytes[..length]) {
+        Some(Report::Ready) => Ok(()),
+        Some(Report::Failed(error)) => Err(error),
+        _ => Err(StepError { step: Step::Clone, index: 2, errno: libc::EPROTO }),
     }
 }
 

@@ -94,7 +94,10 @@ fn what_was_used_before_the_start_is_forgotten() {
         return;
     };
     let mut cgroup = host.hierarchy.create("run", &limits(), &[]).unwrap();
-    let setup = Child::run(&cgroup, || touch(24 << 20));
+    let setup = Child::run(&cgroup, || {
+        touch(24 << 20);
+        spin_for_half_a_second();
+    });
     assert_eq!(setup.wait().exit_status(), Some(0));
     let before = cgroup.usage();
     assert!(before.memory_peak >= 24 * MIB, "{before:?}");
@@ -105,7 +108,9 @@ fn what_was_used_before_the_start_is_forgotten() {
     assert!(after.memory_peak >= 4 * MIB, "{after:?}");
     let forgets = !host.memory_directory().0.is_unified() || cgroup_peak_is_fresh(&cgroup);
     assert_eq!(after.memory_peak < 16 * MIB, forgets, "{after:?}");
-    assert!(after.user + after.system < before.user + before.system, "{before:?} {after:?}");
+    let half = Duration::from_millis(500);
+    assert!(before.user + before.system >= half, "{before:?}");
+    assert!(after.user + after.system < half, "{after:?}");
     remove(cgroup);
     host.close();
 }
@@ -195,8 +200,12 @@ fn one_of_v1_is_used_again_as_good_as_new() {
     if again {
         let other = CgroupLimits { pids: Limit::At(17), ..limits() };
         assert!(kept.take(&other).is_none(), "its limits are others");
+        // Each processor keeps some pages charged ahead until it needs them for another
+        // cgroup (`consume_stock`, mm/memcontrol.c). Nobody else may be at work here.
+        let (_, above) = host.memory_directory();
         let mut taken = None;
         until("what was charged to it is given back", || {
+            files::write(&above.join("run"), "memory.force_empty", "0").unwrap();
             taken = kept.take(&limits());
             taken.is_some()
         });

@@ -134,6 +134,18 @@ pub(super) fn spin_forever() {
     }
 }
 
+/// Of its own processor time.
+pub(super) fn spin_for_half_a_second() {
+    let clock = rustix::time::ClockId::ProcessCPUTime;
+    let used = || {
+        let time = rustix::time::clock_gettime(clock);
+        time.tv_sec * 1_000_000_000 + time.tv_nsec
+    };
+    while used() < 510_000_000 {
+        std::hint::spin_loop();
+    }
+}
+
 /// Writes to `bytes` of fresh memory, page by page, and gives it back.
 pub(super) fn touch(bytes: usize) {
     let (access, flags) =
