@@ -125,6 +125,21 @@ pub fn open_file_lock(file: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
+/// How long what is written to the file is said to live, F_GET_RW_HINT of fcntl(2); 0 for
+/// what nobody said anything of.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn write_hint(file: BorrowedFd<'_>) -> io::Result<u64> {
+    // F_LINUX_SPECIFIC_BASE and 11, include/uapi/linux/fcntl.h.
+    const F_GET_RW_HINT: usize = 1024 + 11;
+    let mut hint = 0_u64;
+    let arguments = [file.as_raw_fd() as usize, F_GET_RW_HINT, (&raw mut hint) as usize, 0, 0, 0];
+    // SAFETY: the number outlives the call.
+    unsafe { raw::syscall(libc::SYS_fcntl, arguments) }?;
+    Ok(hint)
+}
+
 /// Takes such a lock, for reading.
 ///
 /// # Errors

@@ -74,7 +74,7 @@ impl Probe<'_> {
 
     fn own_map(&self) -> Option<IdMap> {
         match self.facts.root {
-            true => IdPool::new(self.settings.uid_range).take().map(IdMap::Own),
+            true => IdPool::new(self.settings.uid_range).take(true).map(IdMap::Own),
             false => self.base().1,
         }
     }
@@ -121,7 +121,7 @@ impl Probe<'_> {
                 "run it as root",
             ))
         } else {
-            match IdPool::new(self.settings.uid_range).take() {
+            match IdPool::new(self.settings.uid_range).take(true) {
                 None => Err(Trouble::new(
                     format!("uid_range {first}-{last} has no room for a run"),
                     "set [server] uid_range in the server's own file",
@@ -178,7 +178,7 @@ impl Probe<'_> {
     }
 
     fn ownership(&self) -> Ownership {
-        match IdPool::new(self.settings.uid_range).take() {
+        match IdPool::new(self.settings.uid_range).take(true) {
             Some(ids) if self.facts.root => Ownership::Idmap { program: ids.program },
             _ => Ownership::Plain { uid: self.facts.own_ids.0 },
         }

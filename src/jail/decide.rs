@@ -15,7 +15,7 @@ use super::{
     landlock, limits,
     message::{Launch, Refusal},
     namespaces::{self, Namespaces},
-    plan::{Control, Mode, Network, Root, Template},
+    plan::{Control, Mode, Network, Template},
     root::{self, DecidedRoot, Ownership},
     seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
     step::Fault,
@@ -116,24 +116,31 @@ impl Prepared {
     /// to the launcher's user namespace, which can be any such ([`super::network`]).
     #[must_use]
     pub fn takes_empty_network(&self, mode: Mode, facts: &Facts) -> bool {
-        let none = mode == Mode::Jail && self.template.network == Network::None;
-        none && facts.root && self.template.keep_capabilities.is_empty()
+        let none = self.template.network == Network::None;
+        none && self.takes_user_namespace(mode, facts)
     }
 
     /// Whether its runs in this mode enter a user namespace of the id pool's.
     #[must_use]
     pub fn takes_user_namespace(&self, mode: Mode, facts: &Facts) -> bool {
-        mode == Mode::Jail && facts.root && self.template.keep_capabilities.is_empty()
+        self.is_alone(mode) && facts.root && self.template.keep_capabilities.is_empty()
+    }
+
+    /// Whether its runs in this mode have no way to hand a descriptor to another run, by
+    /// a socket in a directory that both see or in the host's network. What is open
+    /// elsewhere outlives a run: a view into its namespaces, or what is counted for its uids.
+    #[must_use]
+    pub fn is_alone(&self, mode: Mode) -> bool {
+        let network = self.template.network != Network::Host;
+        mode == Mode::Jail && network && !self.template.filesystem.shows_host()
     }
 
     /// Whether its runs in this mode are in an empty root, which can be any such
     /// ([`super::empty_root`]): if so, whether with a /tmp.
     #[must_use]
     pub fn takes_empty_root(&self, mode: Mode, facts: &Facts) -> Option<bool> {
-        let filesystem = &self.template.filesystem;
-        let empty = filesystem.root == Root::Empty && filesystem.binds.is_empty();
-        let takes = empty && facts.enters_mounts && self.takes_user_namespace(mode, facts);
-        takes.then_some(filesystem.tmp.is_some())
+        let takes = facts.enters_mounts && self.takes_user_namespace(mode, facts);
+        takes.then_some(self.template.filesystem.tmp.is_some())
     }
 
     /// Decides one jail: what is lacking for it, what it is made of, which
@@ -431,7 +438,7 @@ mod tests {
 
     use super::*;
     use crate::jail::{
-        plan::{Filesystem, HostUser, Limits, TemplateId},
+        plan::{Filesystem, HostUser, Limits, Root, TemplateId},
         seccomp::profile::default_profile,
     };
 
@@ -491,13 +498,45 @@ mod tests {
     }
 
     #[test]
+    fn only_who_can_hand_nothing_to_others_gets_what_was_used_before() {
+        use crate::jail::plan::Bind;
+
+        type Change = fn(&mut Template);
+        let changes: [(Change, bool); 5] = [
+            (|_| {}, true),
+            (|template| template.network = Network::Loopback, true),
+            (|template| template.network = Network::Host, false),
+            (|template| template.filesystem.root = Root::Host, false),
+            (
+                |template| {
+                    let (source, target) = ("/srv".into(), "/srv".into());
+                    template.filesystem.binds.push(Bind { source, target, read_only: true });
+                },
+                false,
+            ),
+        ];
+        for (change, alone) in changes {
+            let mut template = prepared(None, &[]).template;
+            change(&mut template);
+            let prepared = Prepared::new(template, &facts(true, 0)).unwrap();
+            let facts = facts(true, 0);
+            assert_eq!(prepared.is_alone(Mode::Jail), alone);
+            assert!(!prepared.is_alone(Mode::Direct));
+            assert_eq!(prepared.takes_user_namespace(Mode::Jail, &facts), alone);
+            assert_eq!(prepared.takes_empty_root(Mode::Jail, &facts).is_some(), alone);
+            let network = alone && prepared.template.network == Network::None;
+            assert_eq!(prepared.takes_empty_network(Mode::Jail, &facts), network);
+        }
+    }
+
+    #[test]
     fn in_a_jail_nobody_is_nobody_whoever_the_launcher_is() {
         let prepared = prepared(None, &[]);
         for own in [0, 1000] {
             let identities = prepared.identities(Mode::Jail, None, &facts(false, own)).unwrap();
             assert_eq!((identities.program, identities.init), ((65534, 65534), (65534, 65534)));
         }
-        let ids = crate::jail::identity::IdPool::new((2000, 2009)).take().unwrap();
+        let ids = crate::jail::identity::IdPool::new((2000, 2009)).take(true).unwrap();
         let identities = prepared.identities(Mode::Jail, Some(ids), &facts(true, 0)).unwrap();
         assert_eq!((identities.program, identities.init), ((65534, 65534), (65533, 65533)));
     }

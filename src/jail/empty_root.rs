@@ -65,10 +65,14 @@ impl EmptyRoot {
 
 /// Both kinds that a descriptor can hold, flock(2) and F_OFD_SETLK of fcntl(2): the
 /// third belongs to a process and goes with it. Leases are for the owner, which is root.
+/// So are the hints of F_SET_RW_HINT; kernels of before the end of 2024 take them from
+/// anybody.
 fn unlocked(file: BorrowedFd<'_>) -> bool {
     let taken = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
     let released = taken.and_then(|()| rustix::fs::flock(file, FlockOperation::Unlock));
-    released.is_ok() && sys::open_file_lock(file).is_ok_and(|lock| !lock)
+    released.is_ok()
+        && sys::open_file_lock(file).is_ok_and(|lock| !lock)
+        && sys::write_hint(file).is_ok_and(|hint| hint == 0)
 }
 
 impl AsFd for EmptyRoot {

@@ -24,12 +24,15 @@ pub struct HostIds {
     /// Init's: another, so that the program can do nothing to it.
     pub init: u32,
     slot: u32,
+    alone: bool,
 }
 
 /// Hands out host uids; no two runs have one in common at the same time.
 ///
 /// A pair goes back only when its run's cgroup was seen empty: a survivor
-/// would otherwise share the next run's uid.
+/// would otherwise share the next run's uid. One of a run that could hand descriptors
+/// to others goes to such runs only: with a descriptor somebody may still hold what is
+/// counted for its uid, such as inotify's instances.
 /// With a pair may come a user namespace that maps it, from the last run that had it:
 /// there is nothing in one that a run could change.
 #[derive(Debug)]
@@ -37,6 +40,8 @@ pub struct IdPool {
     first: u32,
     size: usize,
     free: Vec<u32>,
+    /// Those that were used by runs that aren't alone.
+    among_others: Vec<u32>,
     /// By slot; of free ones only.
     namespaces: HashMap<u32, OwnedFd>,
 }
@@ -51,7 +56,13 @@ impl IdPool {
         let slots = last.saturating_sub(first) / 2;
         // Popped from the end: the lowest first.
         let free = (0..slots).rev().collect();
-        Self { first, size: slots as usize, free, namespaces: HashMap::new() }
+        Self {
+            first,
+            size: slots as usize,
+            free,
+            among_others: Vec::new(),
+            namespaces: HashMap::new(),
+        }
     }
 
     /// How many pairs there are, in use or not.
@@ -60,11 +71,13 @@ impl IdPool {
         self.size
     }
 
-    /// A pair, or `None` when all are in use.
-    pub fn take(&mut self) -> Option<HostIds> {
-        let slot = self.free.pop()?;
+    /// A pair, or `None` when all are in use; `alone`: for a run that can hand nothing to
+    /// others.
+    pub fn take(&mut self, alone: bool) -> Option<HostIds> {
+        let used = if alone { None } else { self.among_others.pop() };
+        let slot = used.or_else(|| self.free.pop())?;
         let program = self.first + 2 * slot;
-        Some(HostIds { program, init: program + 1, slot })
+        Some(HostIds { program, init: program + 1, slot, alone })
     }
 
     /// The user namespace of a pair that was drawn, with the maps of [`IdMap::Own`].
@@ -98,8 +111,9 @@ impl IdPool {
         {
             self.namespaces.insert(ids.slot, namespace);
         }
-        debug_assert!(!self.free.contains(&ids.slot), "given back twice");
-        self.free.push(ids.slot);
+        let back = if ids.alone { &mut self.free } else { &mut self.among_others };
+        debug_assert!(!back.contains(&ids.slot), "given back twice");
+        back.push(ids.slot);
     }
 }
 
@@ -292,12 +306,25 @@ mod tests {
     #[test]
     fn no_two_runs_share_an_id_and_the_last_is_kept_for_the_server() {
         let mut pool = IdPool::new((1000, 1006));
-        let taken: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
+        let taken: Vec<_> = std::iter::from_fn(|| pool.take(true)).collect();
         let mut ids: Vec<_> = taken.iter().flat_map(|ids| [ids.program, ids.init]).collect();
         ids.sort_unstable();
         assert_eq!(ids, [1000, 1001, 1002, 1003, 1004, 1005]);
         pool.give_back(taken[1], None);
-        assert_eq!(pool.take(), Some(taken[1]));
-        assert_eq!(pool.take(), None);
+        assert_eq!(pool.take(true), Some(taken[1]));
+        assert_eq!(pool.take(true), None);
+    }
+
+    #[test]
+    fn what_others_may_hold_something_of_is_not_for_a_run_that_is_alone() {
+        let mut pool = IdPool::new((1000, 1004));
+        let shared = pool.take(false).unwrap();
+        pool.give_back(shared, None);
+        let alone = pool.take(true).unwrap();
+        assert_ne!(alone.program, shared.program);
+        assert_eq!(pool.take(true), None);
+        assert_eq!(pool.take(false), Some(shared));
+        pool.give_back(alone, None);
+        assert_eq!(pool.take(false).map(|ids| ids.program), Some(alone.program));
     }
 }

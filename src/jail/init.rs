@@ -307,6 +307,8 @@ fn supervise(context: Context<'_>, begun: Begun) -> ! {
         let (ended, alone) = reap(context, program, &mut watch_for_kills);
         if let Some(ended) = ended {
             running = false;
+            // Nothing is left that the kernel should rather take.
+            score = None;
             let report = match ended {
                 sys::Ended::Exited(code) => Report::Exited { code, alone },
                 sys::Ended::Signalled(signal) => Report::Signalled { signal, alone },

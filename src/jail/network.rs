@@ -11,7 +11,9 @@
 //! capability to configure anything, and lo is down. Sockets end with the
 //! processes that hold them, but for those that are on their way in one another's
 //! queues, unix(7): these stay until the kernel's own collection. A namespace is
-//! used again only once its run is gone and its table of sockets is empty.
+//! used again only once its run is gone and its table of sockets is empty, and only
+//! among runs that can hand each other nothing: a descriptor of /proc/self/net/unix
+//! shows the table to whoever holds it.
 
 use std::{
     fs::File,

@@ -159,7 +159,11 @@ impl Launcher {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
         }
         let ids = match self.facts.root {
-            true => Some(self.ids.take().ok_or(Refusal::Exhausted(Exhausted::HostIds))?),
+            true => Some(
+                self.ids
+                    .take(prepared.is_alone(mode))
+                    .ok_or(Refusal::Exhausted(Exhausted::HostIds))?,
+            ),
             false => None,
         };
         let ready = self.take_network(prepared, mode).and_then(|network| {

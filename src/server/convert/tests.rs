@@ -550,7 +550,7 @@ fn rows_of_calls_that_never_ran() {
             Verdict::Failed,
             "internal",
         ),
-        (exec(libc::EIO), Internal, Verdict::Failed, "internal"),
+        (exec(libc::EIO), InvalidArgument, Verdict::Refused, "not_executable"),
         (CallError::Internal("x".into()), Internal, Verdict::Failed, "internal"),
     ];
     for (error, code, verdict, reason) in others {
