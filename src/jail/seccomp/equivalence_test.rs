@@ -69,7 +69,7 @@ fn all_options() -> Vec<FilterOptions> {
 }
 
 /// Argument values at which the built-in rules change their mind.
-const EDGES: [u64; 24] = [
+pub(super) const EDGES: [u64; 24] = [
     0,
     1,
     2,
@@ -176,11 +176,11 @@ fn far_targets_are_reached() {
     }
 }
 
-fn value() -> impl Strategy<Value = u64> {
+pub(super) fn value() -> impl Strategy<Value = u64> {
     prop_oneof![0..4_u64, Just(u64::MAX), Just(1 << 32), Just(u64::from(u32::MAX)), any::<u64>()]
 }
 
-fn condition() -> impl Strategy<Value = ArgumentCondition> {
+pub(super) fn condition() -> impl Strategy<Value = ArgumentCondition> {
     let comparison = prop_oneof![
         Just(Comparison::Equal),
         Just(Comparison::NotEqual),

@@ -92,6 +92,12 @@ pub enum FilterError {
     /// The kernel would not take it.
     #[error("too many conditions: {0} BPF instructions, and the kernel takes {PROGRAM_MAX}")]
     TooLong(usize),
+    /// Conditions that multiply; only [`docker::profile`](super::docker::profile) says it.
+    #[error("{syscall}: conditions on several arguments are too many patterns for a container")]
+    TooScattered {
+        /// The call.
+        syscall: String,
+    },
 }
 
 /// The BPF program for a policy: a binary search over ranges of call numbers.
@@ -155,7 +161,7 @@ fn action(verdict: Verdict, notify: bool) -> u32 {
 }
 
 /// Refuses what is malformed or without effect.
-fn check(policy: &SyscallPolicy) -> Result<(), FilterError> {
+pub(super) fn check(policy: &SyscallPolicy) -> Result<(), FilterError> {
     for (&number, allowed) in &policy.allowed {
         let syscall = || syscalls::describe(ARCH_X86_64, number.cast_signed());
         let never = |why| Err(FilterError::NeverMatters { syscall: syscall(), why });

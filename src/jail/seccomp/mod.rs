@@ -15,6 +15,7 @@
 //! "deadly" ask the launcher (SECCOMP_RET_USER_NOTIF), so that a report can
 //! name the call; [`filter::decide`] tells the launcher what to answer, by the
 //! same rules. [`notify`] installs the program and speaks with the kernel.
+//! [`docker::profile`] writes the same rules down for a container's runtime.
 
 // The tables of calls, the entries that are deadly and the numbers that libc has
 // are x86-64's. Built for another machine, the filter would take every call for
@@ -25,16 +26,20 @@ compile_error!(
 );
 
 pub mod deadly;
+pub mod docker;
 pub mod filter;
 pub mod notify;
 pub mod profile;
 pub mod syscalls;
 
 mod assembler;
+mod patterns;
 mod rules;
 mod tables;
 mod tree;
 
+#[cfg(test)]
+mod docker_test;
 #[cfg(test)]
 mod equivalence_test;
 #[cfg(test)]
