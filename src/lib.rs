@@ -9,6 +9,7 @@ pub mod audit;
 pub mod call;
 pub mod cli;
 pub mod config;
+pub mod container;
 pub mod dispatch;
 pub mod execute;
 pub mod host;

@@ -174,7 +174,10 @@ fn some_rooms_do_without() {
 fn unsafe_code_stays_where_it_is_looked_after() {
     let mut faults = vec![];
     for path in files("src", "rs") {
-        let allowed = ["sys", "jail", "packets", "host"].contains(&module_of(&path).as_str());
+        let allowed = ["sys", "jail", "packets", "host"].contains(&module_of(&path).as_str())
+            // The program that stands among the sources, not what the crate has there.
+            || path.starts_with(root().join("src/container/init"))
+            || path == root().join("src/container/init.rs");
         let text = fs::read_to_string(&path).unwrap();
         for (number, line) in text.lines().enumerate() {
             let line = code(line);

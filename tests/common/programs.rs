@@ -15,7 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 8] = [
+const PROGRAMS: [(&str, &str, &[&str]); 9] = [
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
@@ -23,6 +23,7 @@ const PROGRAMS: [(&str, &str, &[&str]); 8] = [
     ("hog", "hog.c", &["-static"]),
     ("attack", "attack.c", &["-static"]),
     ("leave", "leave.c", &["-static"]),
+    ("fill", "fill.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
 ];
