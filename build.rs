@@ -42,7 +42,7 @@ fn compile_container_init(out: &Path) -> Result<(), Box<dyn Error>> {
     }
     let mut rustc = Command::new(env::var_os("RUSTC").ok_or("cargo sets RUSTC")?);
     rustc.args(["--edition=2024", "--crate-name=container_init", "--crate-type=bin"]);
-    rustc.args(["-Dwarnings", "-Copt-level=s", "-Cpanic=abort", "-Cstrip=symbols"]);
+    rustc.args(["-Copt-level=s", "-Cpanic=abort", "-Cstrip=symbols"]);
     // At a fixed address, nothing is left to be relocated.
     rustc.arg("-Crelocation-model=static");
     for argument in ["-static", "-nostdlib", "-nostartfiles", "-Wl,--build-id=none"] {

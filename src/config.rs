@@ -53,6 +53,8 @@ pub struct Config {
     pub artifact_cache: u64,
     /// `[docker] socket`
     pub docker_socket: PathBuf,
+    /// `[docker] directory`
+    pub docker_directory: PathBuf,
     /// Whether listening beyond loopback without TLS was allowed by `--insecure`.
     pub insecure: bool,
 }

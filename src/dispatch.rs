@@ -20,9 +20,7 @@ use crate::{
         store::{Content, Held, Store},
     },
     call::{Call, FormError, Source},
-    execute::{
-        ExecuteError, Invocation, Outcome, OutputSink, launcher::Launcher, stop::StopSignal,
-    },
+    execute::{ExecuteError, Executors, Invocation, Outcome, OutputSink, stop::StopSignal},
     jail::{message::Refusal, plan::Mode},
     names::{Digest, RunId},
     policy::{Policy, PolicySet, store::PolicyStore},
@@ -36,14 +34,14 @@ const STALE_RETRIES: u32 = 2;
 /// Everything that calls share.
 ///
 /// To use it in-process: make a [`PolicyStore`] and an [`Admission`], give a
-/// [`Launcher`] its socket by [`Launcher::attach`], and hand each call to
+/// [`Launcher`](crate::execute::launcher::Launcher) its socket by `attach`, and hand each call to
 /// [`Dispatcher::dispatch`] with a sink for live output in its [`Context`].
 #[derive(Debug)]
 pub struct Dispatcher {
     policies: Arc<PolicyStore>,
     artifacts: Store,
     admission: Admission,
-    launcher: Launcher,
+    executors: Executors,
 }
 
 /// What surrounds one call.
@@ -126,16 +124,17 @@ impl Facts {
 }
 
 impl Dispatcher {
-    /// A dispatcher that decides by `policies` and executes by `launcher`, and
+    /// A dispatcher that decides by `policies` and executes by `executors`, and
     /// keeps up to `artifact_cache` bytes of executables.
     #[must_use]
     pub fn new(
         policies: Arc<PolicyStore>,
         admission: Admission,
-        launcher: Launcher,
+        executors: impl Into<Executors>,
         artifact_cache: u64,
     ) -> Self {
-        Self { policies, artifacts: Store::new(artifact_cache), admission, launcher }
+        let (artifacts, executors) = (Store::new(artifact_cache), executors.into());
+        Self { policies, artifacts, admission, executors }
     }
 
     /// What runs and what waits.
@@ -153,7 +152,7 @@ impl Dispatcher {
     /// How many ended runs can't be removed yet.
     #[must_use]
     pub fn quarantined(&self) -> usize {
-        self.launcher.quarantined()
+        self.executors.quarantined()
     }
 
     /// Takes one call to its reply. It is stopped through its context's signal;
@@ -181,7 +180,8 @@ impl Dispatcher {
             let policies = self.policies.current();
             match self.steps(&policies, &mut call, &mut artifact, &mut context, facts).await {
                 Err(CallError::Execute(ExecuteError::Refused(Refusal::StalePolicy))) => {
-                    self.launcher.await_policies(|| self.policies.current().digest).await;
+                    let executor = self.executors.of(facts.mode.unwrap_or(Mode::Jail));
+                    executor.await_policies(|| self.policies.current().digest).await;
                 }
                 result => return result,
             }
@@ -207,20 +207,21 @@ impl Dispatcher {
         facts.terms = Some(terms);
 
         let artifact = self.resolve(call, policy, terms.mode, artifact, facts).await?;
-        rules::check_built(policy, terms.mode)?;
+        rules::check_built(policy)?;
         give_back(call, &artifact, context.reservation.as_mut());
 
         let permit = self.admit(call, policy, terms, context, facts).await?;
 
         let invocation = invocation(call, policies.digest, policy, terms, artifact, context);
         let stop = context.stop.clone();
-        let executed = self.launcher.execute(invocation, stop, context.sink.clone()).await;
+        let executor = self.executors.of(terms.mode);
+        let executed = executor.execute(invocation, stop, context.sink.clone()).await;
         let remains = match &executed {
             Ok(outcome) => outcome.quarantined,
             Err(error) => matches!(error, ExecuteError::Stuck(_)),
         };
         if remains {
-            self.launcher.keep_until_released(facts.run, Box::new(permit.quarantine()));
+            executor.keep_until_released(facts.run, Box::new(permit.quarantine()));
         }
         let outcome = executed?;
         let (output, output_fits) = exec::output(&outcome.stdout, terms.output);
@@ -239,8 +240,13 @@ impl Dispatcher {
     ) -> Result<Artifact, CallError> {
         let rules = &policy.artifacts;
         let limit = policy.limits.artifact_size;
+        // Without an image of its own a container has the root that a jail would have.
+        let like = match mode {
+            Mode::Container if policy.container.image.is_empty() => Mode::Jail,
+            mode => mode,
+        };
         let root = |kind: &elf::Executable| {
-            artifact::check_root(kind, mode, &policy.filesystem, &rules.interpreters)
+            artifact::check_root(kind, like, &policy.filesystem, &rules.interpreters)
         };
         let held = match (found.take(), &mut call.source) {
             (Some(artifact), _) => artifact,
@@ -329,6 +335,7 @@ fn invocation(
         policy_set,
         template: policy.id.clone(),
         mode: terms.mode,
+        namespace: call.namespace.to_string(),
         executable: artifact.memory,
         executable_size: artifact.size,
         argv: exec::argv(call, policy.argv, &artifact.kind),

@@ -8,11 +8,13 @@ use std::{
 use crate::{
     call::{AskedLimits, Call, Source},
     config::{Config, MemoryBudget, Reload},
-    jail::plan::{Filesystem, Limits, Mode, Network, Root, SyscallPolicy, TemplateId},
+    jail::plan::{
+        Container, Filesystem, Limits, Mode, Network, Root, SyscallPolicy, Template, TemplateId,
+    },
     names::Digest,
     policy::{
-        Admission, Argv, Artifacts, Container, Instances, OutputFormat, Policy, PolicyFamily,
-        PolicySet, Protocol,
+        Admission, Argv, Artifacts, Instances, OutputFormat, Policy, PolicyFamily, PolicySet,
+        Protocol,
     },
     units::Limit,
 };
@@ -130,6 +132,31 @@ pub(crate) fn config() -> Config {
         state: "/var/lib/dispatcher".into(),
         artifact_cache: 256 << 20,
         docker_socket: "/var/run/docker.sock".into(),
+        docker_directory: "/var/cache/dispatcher".into(),
         insecure: false,
+    }
+}
+
+/// A template to change, of the built-in policy's limits.
+pub(crate) fn template() -> Template {
+    Template {
+        id: TemplateId { policy: "demo".into(), variant: 0 },
+        modes: vec![Mode::Jail, Mode::Container],
+        best_effort: Vec::new(),
+        limits: Limits::default(),
+        filesystem: Filesystem {
+            root: Root::Empty,
+            tmp: Some(Limit::At(64 << 20)),
+            tmp_exec: false,
+            binds: Vec::new(),
+        },
+        network: Network::None,
+        syscalls: crate::jail::seccomp::profile::default_profile(),
+        keep_capabilities: Vec::new(),
+        user: None,
+        environment: BTreeMap::new(),
+        environment_allow: Vec::new(),
+        interpreters: Vec::new(),
+        container: Container::default(),
     }
 }

@@ -47,6 +47,7 @@ fn template() -> Template {
         environment: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
         environment_allow: vec![],
         interpreters: vec![],
+        container: Default::default(),
     }
 }
 
@@ -56,6 +57,7 @@ fn launch(argc: u32, envc: u32, size: usize) -> Launch {
         policy_set: SET,
         template: TemplateId { policy: "test".into(), variant: 0 },
         mode: Mode::Jail,
+        namespace: "test".into(),
         timeout: Some(Duration::from_secs(10)),
         memory: None,
         cpus: None,
@@ -74,7 +76,7 @@ fn shell() -> Vec<u8> {
 
 fn ended(outcome: Outcome) -> (End, String, String) {
     match outcome {
-        Outcome::Ended { end, stdout, stderr } => (end, stdout, stderr),
+        Outcome::Ended { end, stdout, stderr } => (*end, stdout, stderr),
         Outcome::Refused(refusal) => panic!("refused: {refusal:?}"),
     }
 }

@@ -25,6 +25,7 @@ use std::{
 };
 
 use dispatcher::{
+    container::message::FromMonitor as ToContainers,
     jail::message::FromMonitor as ToLauncher,
     jail::plan::TemplateSet,
     policy::PolicySet,
@@ -45,6 +46,10 @@ const TESTS: &[(&str, fn())] = &[
     ("the_dead_are_replaced_on_the_same_sockets", the_dead_are_replaced_on_the_same_sockets),
     ("the_parted_are_joined_again", the_parted_are_joined_again),
     ("policies_are_replaced_whole_or_not_at_all", policies_are_replaced_whole_or_not_at_all),
+    (
+        "dispatch_docker_is_there_while_a_policy_wants_it",
+        dispatch_docker_is_there_while_a_policy_wants_it,
+    ),
     ("a_second_signal_does_not_wait", a_second_signal_does_not_wait),
     ("a_server_that_does_not_drain_is_ended", a_server_that_does_not_drain_is_ended),
     ("a_server_that_talks_nonsense_is_replaced", a_server_that_talks_nonsense_is_replaced),
@@ -59,6 +64,7 @@ fn main() -> ExitCode {
     match name.as_str() {
         "dispatch-serve" => fake_server(),
         "dispatch-launch" => fake_launcher(),
+        "dispatch-docker" => fake_containers(),
         "dispatch-compile" | "dispatcher" => return dispatcher::cli::main(),
         _ => run_tests(),
     }
@@ -149,6 +155,10 @@ fn fake_server() {
                     if mode("FAKE_SERVER") == "babble" { b"\xff\xff" } else { &bytes };
                 sys::send_packet(&socket, said, &[]).unwrap();
             }
+            ToServer::Containers => {
+                tell("fake-serve has dispatch-docker");
+                held.append(&mut fds);
+            }
             ToServer::Drain if mode("FAKE_SERVER") == "deaf" => tell("fake-serve does not listen"),
             ToServer::Drain => {
                 tell("fake-serve drains");
@@ -179,6 +189,27 @@ fn fake_launcher() {
                 tell(&format!("fake-launch has templates {}", set.digest));
             }
             ToLauncher::Server => tell("fake-launch has a server"),
+        }
+    }
+}
+
+fn fake_containers() {
+    let socket = monitor_socket();
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let Some((length, mut fds)) = sys::receive_packet(&socket, &mut buffer).unwrap() else {
+            tell("fake-docker cleans up");
+            return;
+        };
+        match postcard::from_bytes(&buffer[..length]).unwrap() {
+            ToContainers::Configure(config) => {
+                tell(&format!("fake-docker is told of {}", config.socket.display()));
+            }
+            ToContainers::Policies => {
+                let set: TemplateSet = postcard::from_bytes(&content(fds.remove(0))).unwrap();
+                tell(&format!("fake-docker has templates {}", set.digest));
+            }
+            ToContainers::Server => tell("fake-docker has a server"),
         }
     }
 }
@@ -267,18 +298,23 @@ impl Monitor {
     /// The child of this name, once there is one.
     fn child(&self, name: &str) -> Pid {
         let deadline = Instant::now() + PATIENCE;
-        let number = self.child.id();
         while Instant::now() < deadline {
-            let text = fs::read_to_string(format!("/proc/{number}/task/{number}/children"));
-            for pid in text.unwrap_or_default().split_whitespace() {
-                let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                if line.split('\0').next() == Some(name) {
-                    return Pid::from_raw(pid.parse().unwrap());
-                }
+            if let Some(pid) = self.find_child(name) {
+                return pid;
             }
             thread::yield_now();
         }
         panic!("no process {name}");
+    }
+
+    fn find_child(&self, name: &str) -> Option<Pid> {
+        let number = self.child.id();
+        let text = fs::read_to_string(format!("/proc/{number}/task/{number}/children"));
+        text.unwrap_or_default().split_whitespace().find_map(|pid| {
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let found = line.split('\0').next() == Some(name);
+            found.then(|| Pid::from_raw(pid.parse().unwrap()))
+        })
     }
 
     #[track_caller]
@@ -433,6 +469,29 @@ fn policies_are_replaced_whole_or_not_at_all() {
     let digest = |line: &str| line.rsplit(' ').next().unwrap().to_owned();
     assert_eq!(digest(&told[0]), digest(&told[1]), "both have the same set");
     assert_ne!(digest(&told[0]), digest(&first));
+    monitor.stop();
+}
+
+fn dispatch_docker_is_there_while_a_policy_wants_it() {
+    let (mut monitor, _) = Monitor::start(&[]).ready();
+    assert!(monitor.find_child("dispatch-docker").is_none(), "nobody needs Docker's socket");
+    let policy = monitor.directory.path().join("policies/boxes.toml");
+    fs::write(&policy, "mode = \"container\"\n").unwrap();
+    monitor.signal(Signal::SIGHUP);
+    let joined = [
+        "fake-docker is told of /var/run/docker.sock",
+        "fake-docker has templates ",
+        "fake-docker has a server",
+        "fake-serve has dispatch-docker",
+    ];
+    monitor.wait_for_all(&joined);
+    kill(monitor.child("dispatch-docker"), Signal::SIGKILL).unwrap();
+    monitor.wait_for_all(&joined);
+    kill(monitor.child("dispatch-serve"), Signal::SIGKILL).unwrap();
+    monitor.wait_for_all(&["fake-serve has a launcher", "fake-serve has dispatch-docker"]);
+    fs::remove_file(policy).unwrap();
+    monitor.signal(Signal::SIGHUP);
+    monitor.wait_for_all(&["fake-docker cleans up", "dispatch-docker exited with 0"]);
     monitor.stop();
 }
 

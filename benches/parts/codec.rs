@@ -46,6 +46,7 @@ fn launch(run: RunId) -> Launch {
         policy_set: Digest::of(b"policies"),
         template: TemplateId { policy: "default".into(), variant: 0 },
         mode: Mode::Jail,
+        namespace: "demo".into(),
         timeout: Some(Duration::from_secs(30)),
         memory: Some(64 << 20),
         cpus: Some(MilliCpus(500)),
@@ -70,6 +71,8 @@ fn end() -> End {
         system: Duration::from_micros(300),
         memory_peak: 300 << 10,
         pids_peak: 1,
+        runtime: None,
+        lost: None,
         quarantined: false,
     }
 }

@@ -38,6 +38,7 @@ pub fn check(
         }
     };
     let present = match mode {
+        // An image: only Docker knows what is in it.
         Mode::Container => true,
         Mode::Direct => on_host(needed),
         Mode::Jail => bound(needed, filesystem) || in_root(needed, &filesystem.root),

@@ -1,12 +1,15 @@
 //! A launcher for as long as one command needs it.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    config::LoadedConfig, execute::launcher::Launcher, jail::message::LauncherConfig,
-    jail::plan::TemplateSet, monitor,
+    config::LoadedConfig,
+    container::message::ContainerConfig,
+    execute::{Executors, launcher::Launcher},
+    jail::{message::LauncherConfig, plan::TemplateSet},
+    monitor::{self, ContainersHandle},
 };
 
 /// What ends a command before its time.
@@ -40,7 +43,7 @@ impl Signals {
 pub(super) fn with_launcher<T>(
     settings: &LoadedConfig,
     templates: &TemplateSet,
-    work: impl AsyncFnOnce(Launcher, Signals) -> T,
+    work: impl AsyncFnOnce(Executors, Signals) -> T,
 ) -> Result<T, String> {
     let failed = |what: &str, error: io::Error| format!("{what}: {error}");
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -59,16 +62,42 @@ pub(super) fn with_launcher<T>(
     };
     let mut launcher = monitor::spawn_launcher(config, templates)
         .map_err(|error| failed("the launcher can't be started", error))?;
+    let mut containers = containers(settings, templates)?;
     let worked = runtime.block_on(async {
-        let client = Launcher::new();
-        let socket = launcher.take_server_socket();
-        let attached = socket.map_or(Ok(()), |socket| client.attach(socket));
-        attached.map_err(|error| failed("the launcher's socket", error))?;
-        Ok(work(client, signals).await)
+        let clients = Executors::default();
+        let attach = |client: &Launcher, socket: Option<OwnedFd>| {
+            socket.map_or(Ok(()), |socket| client.attach(socket))
+        };
+        attach(&clients.launcher, launcher.take_server_socket())
+            .map_err(|error| failed("the launcher's socket", error))?;
+        let socket = containers.as_mut().and_then(ContainersHandle::take_server_socket);
+        attach(&clients.containers, socket)
+            .map_err(|error| failed("the socket to dispatch-docker", error))?;
+        Ok(work(clients, signals).await)
     });
+    if let Some(Err(error)) = containers.map(ContainersHandle::end) {
+        eprintln!("warning: {error}");
+    }
     // Its runs and their cgroups go with it.
     if let Err(error) = launcher.end() {
         eprintln!("warning: {error}");
     }
     worked
+}
+
+/// Whoever speaks with Docker, where a policy uses container mode.
+fn containers(
+    settings: &LoadedConfig,
+    templates: &TemplateSet,
+) -> Result<Option<ContainersHandle>, String> {
+    if !templates.containers {
+        return Ok(None);
+    }
+    let config = ContainerConfig {
+        socket: settings.config.docker_socket.clone(),
+        directory: settings.config.docker_directory.clone(),
+    };
+    monitor::spawn_containers(config, templates)
+        .map(Some)
+        .map_err(|error| format!("dispatch-docker can't be started: {error}"))
 }

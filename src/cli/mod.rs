@@ -16,7 +16,7 @@ use std::{path::Path, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::{jail, monitor, server};
+use crate::{container, jail, monitor, server};
 
 /// Runs the binary you send it, in a jail, and tells what came out and what it cost.
 #[derive(Debug, Parser)]
@@ -70,12 +70,14 @@ pub fn main() -> ExitCode {
     match role {
         "dispatch-serve" => server::main(),
         "dispatch-launch" => jail::launcher::main(),
+        "dispatch-docker" => container::process::main(),
         "dispatch-compile" => monitor::compile::main(),
         _ => run(Cli::parse()),
     }
 }
 
-const ROLES: [&std::ffi::CStr; 3] = [c"dispatch-serve", c"dispatch-launch", c"dispatch-compile"];
+const ROLES: [&std::ffi::CStr; 4] =
+    [c"dispatch-serve", c"dispatch-launch", c"dispatch-docker", c"dispatch-compile"];
 
 fn run(cli: Cli) -> ExitCode {
     match cli.command {

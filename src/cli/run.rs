@@ -22,7 +22,7 @@ use crate::{
     admission::{Admission, Capacity},
     config::{self, ConfigOverrides, LoadedConfig, Surroundings},
     dispatch::{Context, Dispatcher},
-    execute::{Chunk, OutputSink, launcher::Launcher, stop::StopHandle, stop::StopSignal},
+    execute::{Chunk, Executors, OutputSink, stop::StopHandle, stop::StopSignal},
     names::RunId,
     policy::{
         PolicySet,
@@ -115,8 +115,8 @@ fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
     let (loaded, namespace) = policies(args, &settings)?;
     let request = request(args, namespace)?;
     let Loaded { set, templates, .. } = loaded;
-    with_launcher(&settings, &templates, async |launcher, signals| {
-        execute(args, set, request, launcher, signals).await
+    with_launcher(&settings, &templates, async |executors, signals| {
+        execute(args, set, request, executors, signals).await
     })
     .map_err(RunError::Failed)?
 }
@@ -168,12 +168,12 @@ async fn execute(
     args: &RunArgs,
     policies: PolicySet,
     request: ServeRequest,
-    launcher: Launcher,
+    executors: Executors,
     signals: Signals,
 ) -> Result<(ServeResponse, bool), RunError> {
     // One call: nothing to share, so nothing to ration.
     let admission = Admission::new(Capacity { runs: None, memory: u64::MAX });
-    let dispatcher = Dispatcher::new(Arc::new(PolicyStore::new(policies)), admission, launcher, 0);
+    let dispatcher = Dispatcher::new(Arc::new(PolicyStore::new(policies)), admission, executors, 0);
     let stop = StopHandle::new();
     let (sink, printer) = if args.json { (None, None) } else { live_output() };
     let context = Context {

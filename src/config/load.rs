@@ -182,13 +182,21 @@ fn defaults(surroundings: &Surroundings<'_>) -> Resolved {
         if let Some(home) = surroundings.home("XDG_STATE_HOME", ".local/state") {
             holds.state.dir.value = home.join("dispatcher");
         }
+        if let Some(home) = surroundings.home("XDG_CACHE_HOME", ".cache") {
+            holds.docker.directory.value = home.join("dispatcher");
+        }
     }
-    // systemd lists several with colons between; the first is the one named first.
-    let given = surroundings.set("STATE_DIRECTORY").and_then(|text| text.into_string().ok());
-    let first = given.as_deref().and_then(|text| text.split(':').next());
-    if let Some(directory) = first.filter(|text| text.starts_with('/')) {
-        let place = Place::Variable("STATE_DIRECTORY");
-        holds.state.dir = At { value: directory.into(), place };
+    let given = [
+        ("STATE_DIRECTORY", &mut holds.state.dir),
+        ("CACHE_DIRECTORY", &mut holds.docker.directory),
+    ];
+    for (variable, directory) in given {
+        // systemd lists several with colons between; the first is the one named first.
+        let text = surroundings.set(variable).and_then(|text| text.into_string().ok());
+        let first = text.as_deref().and_then(|text| text.split(':').next());
+        if let Some(value) = first.filter(|text| text.starts_with('/')) {
+            *directory = At { value: value.into(), place: Place::Variable(variable) };
+        }
     }
     holds
 }
@@ -371,6 +379,7 @@ fn decide(holds: Resolved, insecure: bool, surroundings: &Surroundings<'_>) -> C
         state: holds.state.dir.value,
         artifact_cache: holds.artifacts.cache.value,
         docker_socket: holds.docker.socket.value,
+        docker_directory: holds.docker.directory.value,
         insecure,
     }
 }

@@ -207,6 +207,11 @@ const CASES: &[(&str, &str, &str)] = &[
         "2:9: artifacts.cache is \"unlimited\", which is not a size; ",
     ),
     (
+        "docker.directory",
+        "[docker]\ndirectory = \"cache\"",
+        "2:13: docker.directory is \"cache\", which is not an absolute path; ",
+    ),
+    (
         "docker.socket",
         "[docker]\nsocket = \"unix:///x\"",
         "2:10: docker.socket is \"unix:///x\", which is not an absolute path; ",
@@ -257,6 +262,7 @@ fn the_defaults_are_the_documented_ones() {
             state: "/var/lib/dispatcher".into(),
             artifact_cache: 256 << 20,
             docker_socket: "/var/run/docker.sock".into(),
+            docker_directory: "/var/cache/dispatcher".into(),
             insecure: false,
         }
     );
@@ -272,7 +278,7 @@ fn every_value_reaches_the_configuration() {
          drain_timeout = \"0s\"\nconcurrency = 7\nmemory = \"2GiB\"\ninflight_bytes = \"5m\"\n\
          max_connections = 3\ncgroup_parent = \"/a.slice/b\"\nuid_range = \"70000-70001\"\n\
          [policies]\ndir = \"/p/\"\nreload = \"watch\"\n[state]\ndir = \"/s\"\n\
-         [artifacts]\ncache = 0\n[docker]\nsocket = \"/d\"\n",
+         [artifacts]\ncache = 0\n[docker]\nsocket = \"/d\"\ndirectory = \"/c\"\n",
     );
     assert_eq!(config.id, "node-1");
     assert_eq!(config.listen[1], ListenAddress::Unix("/run/d.sock".into()));
@@ -291,6 +297,7 @@ fn every_value_reaches_the_configuration() {
     assert_eq!(config.state, PathBuf::from("/s"));
     assert_eq!(config.artifact_cache, 0);
     assert_eq!(config.docker_socket, PathBuf::from("/d"));
+    assert_eq!(config.docker_directory, PathBuf::from("/c"));
 }
 
 #[test]

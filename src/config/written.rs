@@ -73,6 +73,9 @@ tables! {
     docker ["docker"] {
         /// Docker's socket.
         socket: AbsolutePath,
+        /// Where what containers are shown lies, such as their executables: ours alone, on a
+        /// file system that allows execution, and seen by Docker under the same path.
+        directory: AbsolutePath,
     }
 }
 

@@ -1,9 +1,32 @@
-//! Container mode: what a run in a container of Docker's is made of.
+//! Container mode: `dispatch-docker`, the one process that has Docker's socket.
 //!
-//! So far, only its PID 1: `init.rs` is a program of its own, which build.rs compiles and
-//! the dispatcher carries with it ([`INIT`]); `protocol` is what the two say to each other.
+//! | file | what |
+//! | --- | --- |
+//! | `process`, `message` | the process, and what monitor and server say to it |
+//! | `run` | one run, from its launch to its end |
+//! | `make` | a container in which init waits, and its certain removal |
+//! | `spec`, `image` | a policy in Docker's words; a root as an image |
+//! | `slot` | what a container sees of ours |
+//! | `verify` | what is in force in it, by the kernel's word |
+//! | `engine` | Docker's API |
+//! | `owner` | whose a container is |
+//! | `init.rs`, `protocol`, `marks` | PID 1 of each container, a program of its own, and what it says |
+//!
+//! A container is like a jail: its init waits until the call is there, says how the program
+//! ended by the kernel's word, and is the last in it while usage is read.
 
+pub mod engine;
+pub mod image;
+pub mod make;
+pub mod marks;
+pub mod message;
+pub mod owner;
+pub mod process;
 pub mod protocol;
+pub mod run;
+pub mod slot;
+pub mod spec;
+pub mod verify;
 
 // No part of this crate; named here so that `cargo fmt` finds it.
 #[cfg(any())]

@@ -69,10 +69,7 @@ pub fn decide(call: &Call, policy: &Policy) -> Result<Terms, CallError> {
 ///
 /// # Errors
 /// [`CallError::Unimplemented`]
-pub fn check_built(policy: &Policy, mode: Mode) -> Result<(), CallError> {
-    if mode == Mode::Container {
-        return Err(CallError::Unimplemented("mode container".to_owned()));
-    }
+pub fn check_built(policy: &Policy) -> Result<(), CallError> {
     match policy.protocol {
         Protocol::Exec => Ok(()),
         Protocol::Grpc => Err(CallError::Unimplemented("protocol grpc".to_owned())),
@@ -295,9 +292,8 @@ mod tests {
     #[test]
     fn what_is_not_built_yet_says_so() {
         let mut policy = testing::policy("demo");
-        assert!(check_built(&policy, Mode::Jail).is_ok());
-        assert!(matches!(check_built(&policy, Mode::Container), Err(CallError::Unimplemented(_))));
+        assert!(check_built(&policy).is_ok());
         policy.protocol = Protocol::Grpc;
-        assert!(matches!(check_built(&policy, Mode::Jail), Err(CallError::Unimplemented(_))));
+        assert!(matches!(check_built(&policy), Err(CallError::Unimplemented(_))));
     }
 }

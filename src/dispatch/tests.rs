@@ -8,6 +8,7 @@ use crate::{
     execute::{
         Verdict,
         fake::{Behaviour, FakeLauncher, exited},
+        launcher::Launcher,
         stop::StopHandle,
     },
     jail::message::StopCause,
@@ -37,7 +38,7 @@ fn bench(
 }
 
 fn say(text: &str) -> Behaviour {
-    Behaviour::Say { stdout: text.into(), stderr: Vec::new(), end: exited(0) }
+    Behaviour::Say { stdout: text.into(), stderr: Vec::new(), end: exited(0).into() }
 }
 
 fn context() -> Context {
@@ -172,7 +173,7 @@ async fn a_stale_policy_is_decided_again_by_the_current_one() {
         }
         bench.fake.announce(digest);
         policies.replace(newer);
-        bench.dispatcher.launcher.policies_changed();
+        bench.dispatcher.executors.policies_changed();
     });
     let finished = reply.result.unwrap();
     assert_eq!(&finished.outcome.stdout[..], b"second");
@@ -249,13 +250,13 @@ async fn a_run_that_could_not_be_removed_stays_counted() {
     let bench = bench(testing::policy("demo"), |_| Behaviour::Say {
         stdout: Vec::new(),
         stderr: Vec::new(),
-        end: crate::jail::message::End { quarantined: true, ..exited(0) },
+        end: Box::new(crate::jail::message::End { quarantined: true, ..exited(0) }),
     });
     let admission = Admission::new(Capacity { runs: None, memory: 600 << 20 });
     let dispatcher = Dispatcher {
         policies: Arc::clone(&bench.policies),
         artifacts: Store::new(1 << 20),
-        launcher: bench.dispatcher.launcher.clone(),
+        executors: bench.dispatcher.executors.clone(),
         admission,
     };
     assert!(dispatcher.dispatch(Ok(inline()), context()).await.result.is_ok());

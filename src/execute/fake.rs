@@ -33,7 +33,7 @@ use crate::{
 /// What the fake does with one launch.
 pub(crate) enum Behaviour {
     /// Starts, writes this, and ends so.
-    Say { stdout: Vec<u8>, stderr: Vec<u8>, end: End },
+    Say { stdout: Vec<u8>, stderr: Vec<u8>, end: Box<End> },
     /// Starts, writes to stdout without end, and ends only when stopped.
     Flood,
     /// Starts, says "begun" and ends only when stopped.
@@ -117,6 +117,8 @@ pub(crate) fn exited(code: i32) -> End {
         denied_syscall: None,
         refused_syscalls: Vec::new(),
         enforced: Vec::new(),
+        runtime: None,
+        lost: None,
         setup: Duration::from_micros(300),
         wall: Duration::from_millis(2),
         user: Duration::from_millis(1),
@@ -188,7 +190,7 @@ fn perform(
         Behaviour::Say { stdout, stderr, end } => {
             let _ = program.stdout.write_all(&stdout);
             let _ = program.stderr.write_all(&stderr);
-            end
+            *end
         }
         Behaviour::Wait => {
             let _ = program.stdout.write_all(b"begun");

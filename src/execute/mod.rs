@@ -17,6 +17,8 @@ use std::{
 
 use bytes::Bytes;
 
+use self::launcher::Launcher;
+
 use crate::{
     jail::{
         message::{Refusal, StopCause},
@@ -35,8 +37,10 @@ pub struct Invocation {
     pub policy_set: Digest,
     /// Which template of it.
     pub template: TemplateId,
-    /// Direct or jail (container: a later issue).
+    /// How it is run.
     pub mode: Mode,
+    /// Whose call it is.
+    pub namespace: String,
     /// The sealed executable; shared by all runs of the same artifact.
     pub executable: std::sync::Arc<OwnedFd>,
     /// Its size in bytes.
@@ -114,11 +118,14 @@ pub struct Outcome {
     pub pids_peak: u32,
     /// Controls really in force.
     pub enforced: Vec<Control>,
+    /// Container mode: the OCI runtime that the policy names.
+    pub runtime: Option<String>,
     /// The deadly call.
     pub denied_syscall: String,
     /// Calls answered with an error.
     pub refused_syscalls: Vec<String>,
-    /// For `Failed`: `host_memory`, `launcher_lost` or `internal`, and a sentence.
+    /// For `Failed`: `host_memory`, `launcher_lost`, `docker_unavailable` or `internal`,
+    /// and a sentence.
     pub failure: Option<(&'static str, String)>,
     /// Something of it is left, which the launcher could not remove: what it
     /// was granted must stay counted.
@@ -137,6 +144,44 @@ pub enum Chunk {
 /// Where output goes while the program runs, besides into the [`Outcome`]. A
 /// full channel holds the program up, as a full pipe does; a closed one doesn't.
 pub type OutputSink = tokio::sync::mpsc::Sender<Chunk>;
+
+/// Who runs calls. Each knows its own modes, and speaks the same protocol.
+#[derive(Clone, Debug, Default)]
+pub struct Executors {
+    /// `dispatch-launch`, for jail and direct mode.
+    pub launcher: Launcher,
+    /// `dispatch-docker`, for container mode; without it nobody is there to connect.
+    pub containers: Launcher,
+}
+
+impl Executors {
+    /// Who runs calls in `mode`.
+    #[must_use]
+    pub fn of(&self, mode: Mode) -> &Launcher {
+        match mode {
+            Mode::Direct | Mode::Jail => &self.launcher,
+            Mode::Container => &self.containers,
+        }
+    }
+
+    /// How many ended runs can't be removed yet.
+    #[must_use]
+    pub fn quarantined(&self) -> usize {
+        self.launcher.quarantined() + self.containers.quarantined()
+    }
+
+    /// Has those who wait for policies look again: the server took up others.
+    pub fn policies_changed(&self) {
+        self.launcher.policies_changed();
+        self.containers.policies_changed();
+    }
+}
+
+impl From<Launcher> for Executors {
+    fn from(launcher: Launcher) -> Self {
+        Self { launcher, containers: Launcher::default() }
+    }
+}
 
 /// Why there is no [`Outcome`].
 #[derive(Clone, Debug, thiserror::Error)]

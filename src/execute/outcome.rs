@@ -57,6 +57,7 @@ pub(super) fn of(
         memory_peak: end.memory_peak,
         pids_peak: end.pids_peak,
         enforced,
+        runtime: end.runtime,
         denied_syscall: end.denied_syscall.unwrap_or_default(),
         refused_syscalls: end.refused_syscalls,
         failure,
@@ -75,6 +76,8 @@ fn verdict(end: &End, output_exceeded: bool) -> (Verdict, Option<(&'static str, 
             StopCause::Cancelled => Verdict::Cancelled,
             StopCause::Syscall => Verdict::SyscallDenied,
         }
+    } else if let Some(why) = &end.lost {
+        return (Verdict::Failed, Some(("docker_unavailable", why.clone())));
     } else if end.denied_syscall.is_some() {
         Verdict::SyscallDenied
     } else if end.oom == Oom::Own {
@@ -114,6 +117,7 @@ fn lost(captured: Captured, started: SystemTime) -> Outcome {
         memory_peak: 0,
         pids_peak: 0,
         enforced: Vec::new(),
+        runtime: None,
         denied_syscall: String::new(),
         refused_syscalls: Vec::new(),
         failure: Some(("launcher_lost", "the launcher died under the run".to_owned())),

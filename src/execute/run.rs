@@ -104,6 +104,7 @@ impl Plan {
                 policy_set: invocation.policy_set,
                 template: invocation.template.clone(),
                 mode: invocation.mode,
+                namespace: invocation.namespace.clone(),
                 timeout: timeout.finite(),
                 memory: invocation.memory,
                 cpus: invocation.cpus,

@@ -35,6 +35,7 @@ fn invocation() -> Invocation {
         policy_set: SET,
         template: TemplateId { policy: "demo".into(), variant: 0 },
         mode: Mode::Jail,
+        namespace: "default".into(),
         executable: Arc::new(sys::sealed_memfd(c"program", &[b"\x7fELF"], true).unwrap()),
         executable_size: 4,
         interpreter: None,
@@ -68,7 +69,7 @@ async fn a_run_gets_its_call_and_gives_its_output() {
     let (launcher, fake) = fake(|| Behaviour::Say {
         stdout: b"hello".to_vec(),
         stderr: b"a warning".to_vec(),
-        end: exited(3),
+        end: exited(3).into(),
     });
     let outcome = launcher.execute(invocation(), never(), None).await.unwrap();
     assert_eq!((outcome.verdict, outcome.exit_code), (Verdict::Exited, 3));
@@ -160,7 +161,7 @@ async fn the_launchers_death_fails_its_runs_and_the_next_one_takes_over() {
     let attach = async {
         FakeLauncher::attach(&launcher, SET, move |_| {
             seen.fetch_add(1, Ordering::Relaxed);
-            Behaviour::Say { stdout: Vec::new(), stderr: Vec::new(), end: exited(0) }
+            Behaviour::Say { stdout: Vec::new(), stderr: Vec::new(), end: exited(0).into() }
         })
     };
     let (outcome, _fake) = tokio::join!(waiting, attach);
@@ -181,7 +182,7 @@ async fn the_precedence_reaches_the_outcome() {
     let (launcher, _fake) = fake(|| Behaviour::Say {
         stdout: Vec::new(),
         stderr: Vec::new(),
-        end: crate::jail::message::End { oom: Oom::Own, quarantined: true, ..exited(0) },
+        end: Box::new(crate::jail::message::End { oom: Oom::Own, quarantined: true, ..exited(0) }),
     });
     let outcome = launcher.execute(invocation(), never(), None).await.unwrap();
     assert_eq!(outcome.verdict, Verdict::OutOfMemory);

@@ -38,12 +38,17 @@ const FIXED_NAMES: [&str; 5] = [
     "GRPC_INPUT_DATA",
 ];
 
-/// Checks a launch and its descriptors.
+/// Checks a launch and its descriptors; `ours` are the modes that the process knows.
 ///
 /// # Errors
 /// A sentence on what was wrong; it goes to `Refusal::Invalid`.
-pub fn check(launch: &Launch, fds: &LaunchFds, template: &Template) -> Result<Checked, String> {
-    if launch.mode == Mode::Container || !template.modes.contains(&launch.mode) {
+pub fn check(
+    launch: &Launch,
+    fds: &LaunchFds,
+    template: &Template,
+    ours: &[Mode],
+) -> Result<Checked, String> {
+    if !ours.contains(&launch.mode) || !template.modes.contains(&launch.mode) {
         return Err(format!("mode {} is not one of the policy's", launch.mode));
     }
     let limits = &template.limits;
@@ -126,7 +131,11 @@ fn sealed_size(fd: impl AsFd) -> Result<u64, String> {
     Ok(stat.st_size as u64)
 }
 
-fn read_call(fds: &LaunchFds) -> Result<Vec<u8>, String> {
+/// argv and environment, as they came.
+///
+/// # Errors
+/// A sentence on what is wrong with them.
+pub fn read_call(fds: &LaunchFds) -> Result<Vec<u8>, String> {
     let size = sealed_size(&fds.call).map_err(|why| format!("the call {why}"))?;
     if size as usize > CALL_BLOB_MAX {
         return Err("argv and environment are too long".into());

@@ -17,7 +17,10 @@ use super::{
     namespaces::{self, Namespaces},
     plan::{Control, Mode, Network, Template},
     root::{self, DecidedRoot, Ownership},
-    seccomp::filter::{self, FilterError, FilterOptions, sock_filter},
+    seccomp::{
+        docker,
+        filter::{self, FilterError, FilterOptions, sock_filter},
+    },
     step::Fault,
 };
 
@@ -408,7 +411,16 @@ pub fn check_filter(template: &Template) -> Result<(), FilterError> {
         let options = filter_options(template, exec_fd, by_sysctl, notify);
         filter::compile(&template.syscalls, &options)?;
     }
+    if template.modes.contains(&Mode::Container) {
+        docker::profile(&template.syscalls, &container_filter_options(template))?;
+    }
     Ok(())
+}
+
+/// What a container's filter is made with: nobody is asked, and no sysctl helps.
+#[must_use]
+pub fn container_filter_options(template: &Template) -> FilterOptions {
+    FilterOptions { exec_fd: -1, control_fd: -1, ..filter_options(template, 0, false, false) }
 }
 
 /// `by_sysctl`: whether the kernel itself can refuse executable memfds.
@@ -471,6 +483,7 @@ mod tests {
             environment: BTreeMap::new(),
             environment_allow: vec![],
             interpreters: vec![],
+            container: Default::default(),
         };
         Prepared::new(template, &facts(false, 1000)).unwrap()
     }

@@ -80,6 +80,15 @@ pub struct LaunchFds {
     pub call: OwnedFd,
 }
 
+impl LaunchFds {
+    /// Those that came with a launch; `None` where it is another number of them.
+    #[must_use]
+    pub fn of(fds: Vec<OwnedFd>) -> Option<Self> {
+        let [executable, stdin, stdout, stderr, call] = fds.try_into().ok()?;
+        Some(Self { executable, stdin, stdout, stderr, call })
+    }
+}
+
 /// One run to start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Launch {
@@ -90,8 +99,10 @@ pub struct Launch {
     pub policy_set: Digest,
     /// Which template of it.
     pub template: TemplateId,
-    /// Direct or jail.
+    /// Direct or jail for the launcher, container for `dispatch-docker`.
     pub mode: Mode,
+    /// Whose call it is: for the labels of containers, decides nothing.
+    pub namespace: String,
     /// Wall clock left for the run; `None` only where the template is unlimited.
     pub timeout: Option<Duration>,
     /// Tighter than the template's, or `None` for the template's.
@@ -192,6 +203,21 @@ pub enum Refusal {
     Exhausted(Exhausted),
     /// The launcher ends, and starts nothing any more.
     Ending,
+    /// Docker can't be reached, or failed in a way that has nothing to do with this run.
+    DockerUnavailable {
+        /// What happened, and what to do.
+        why: String,
+    },
+    /// Docker refused what it was asked for.
+    Docker {
+        /// In its words.
+        why: String,
+    },
+    /// The policy's image isn't there, or can't be used.
+    Image {
+        /// Which, and what is wrong with it.
+        why: String,
+    },
     /// A launch step failed otherwise.
     Step {
         /// The step's name, as in `jail::step`.
@@ -259,6 +285,10 @@ pub struct End {
     pub refused_syscalls: Vec<String>,
     /// Controls that were in force.
     pub enforced: Vec<Control>,
+    /// Container mode: the OCI runtime that the policy names.
+    pub runtime: Option<String>,
+    /// Container mode: Docker was lost under the run, or somebody else ended it; in words.
+    pub lost: Option<String>,
     /// From receiving the launch to telling the program to start.
     pub setup: Duration,
     /// From then to its end.

@@ -18,7 +18,9 @@ use crate::{
 pub struct TemplateSet {
     /// Digest of the whole set; `policy_set_digest` in reports.
     pub digest: Digest,
-    /// Every policy and variant that direct or jail mode may run.
+    /// Whether any may run in containers.
+    pub containers: bool,
+    /// Every policy and variant.
     pub templates: Vec<Template>,
 }
 
@@ -36,7 +38,7 @@ pub struct TemplateId {
 pub struct Template {
     /// Which one this is.
     pub id: TemplateId,
-    /// The modes a call may be launched in, of `Direct` and `Jail`.
+    /// The modes a call may be launched in.
     pub modes: Vec<Mode>,
     /// Controls whose absence on this host does not refuse the call.
     pub best_effort: Vec<Control>,
@@ -58,6 +60,19 @@ pub struct Template {
     pub environment_allow: Vec<String>,
     /// Absolute paths of interpreters for `#!` programs.
     pub interpreters: Vec<String>,
+    /// What container mode runs in.
+    pub container: Container,
+}
+
+/// The policy's `[container]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Container {
+    /// Image name; empty: one that the dispatcher makes.
+    pub image: String,
+    /// Whether an image that Docker doesn't hold is pulled.
+    pub pull: bool,
+    /// OCI runtime; empty: Docker's default.
+    pub runtime: String,
 }
 
 /// How a call is executed.

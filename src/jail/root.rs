@@ -100,6 +100,8 @@ pub enum Ownership {
         /// That uid.
         uid: u32,
     },
+    /// Docker, which can't idmap.
+    Docker,
 }
 
 /// Decides the root for one run.
@@ -288,6 +290,12 @@ fn bind_piece(
         Ownership::Plain { .. } => {
             return Err(refuse(
                 "is writable or not world-readable and belongs to another user; without root it can't be idmapped: bind a directory of the dispatcher's own user"
+                    .into(),
+            ));
+        }
+        Ownership::Docker => {
+            return Err(refuse(
+                "is writable or not world-readable, and Docker can't idmap it to the program's user: make it readable by all and bind it read_only, or write mode = \"jail\""
                     .into(),
             ));
         }

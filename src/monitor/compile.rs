@@ -66,6 +66,8 @@ pub enum CompileError {
 pub struct Compiled {
     /// Of the whole set.
     pub digest: Digest,
+    /// Whether a policy uses container mode.
+    pub containers: bool,
     set: OwnedFd,
     templates: OwnedFd,
 }
@@ -141,11 +143,13 @@ impl Compilation {
             }
             _ => return Err(CompileError::Died(told(status))),
         }
-        let digest = seal(&self.set)?;
-        if seal(&self.templates)? != digest {
+        let digest: Digest = seal(&self.set)?;
+        let (same, containers): (Digest, bool) = seal(&self.templates)?;
+        if same != digest {
             return Err(CompileError::Result("two results that do not belong together"));
         }
-        Ok(Compiled { digest, set: reopen(&self.set)?, templates: reopen(&self.templates)? })
+        let (set, templates) = (reopen(&self.set)?, reopen(&self.templates)?);
+        Ok(Compiled { digest, containers, set, templates })
     }
 }
 
@@ -168,8 +172,8 @@ impl Drop for Compilation {
     }
 }
 
-/// Makes a result unchangeable and reads the digest that it begins with.
-fn seal(memfd: &OwnedFd) -> Result<Digest, CompileError> {
+/// Makes a result unchangeable and reads what it begins with.
+fn seal<T: serde::de::DeserializeOwned>(memfd: &OwnedFd) -> Result<T, CompileError> {
     // Refused where something still maps it for writing.
     let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     fcntl_add_seals(memfd, seals).map_err(io::Error::from)?;
@@ -177,11 +181,11 @@ fn seal(memfd: &OwnedFd) -> Result<Digest, CompileError> {
     if file.metadata()?.size() > SIZE_MAX {
         return Err(CompileError::Result("more than 256 MiB"));
     }
-    // `PolicySet` and `TemplateSet` both have it as their first field.
+    // `PolicySet` and `TemplateSet` both have the digest as their first field.
     let mut head = [0; 64];
     let length = file.read(&mut head)?;
     match postcard::take_from_bytes(&head[..length]) {
-        Ok((digest, _)) => Ok(digest),
+        Ok((head, _)) => Ok(head),
         Err(_) => Err(CompileError::Result("no result")),
     }
 }

@@ -12,7 +12,7 @@
 //! | `process`, `privilege` | starting a child, and what it gives up |
 //! | `compile` | the compiler of policies, both sides of it |
 //! | `listen` | the listening sockets |
-//! | `peer`, `launcher` | talking to a child; a launcher for `dispatcher run` |
+//! | `peer`, `launcher`, `containers` | talking to a child; one of one's own for `dispatcher run` |
 //! | `signals`, `watch`, `notify`, `storage`, `backoff` | what they say |
 //!
 //! Two deaths are prepared for. That of the monitor itself: each child asked
@@ -21,6 +21,7 @@
 
 mod backoff;
 pub mod compile;
+mod containers;
 mod launcher;
 mod listen;
 mod notify;
@@ -41,6 +42,7 @@ use std::{
     time::Instant,
 };
 
+pub use containers::{ContainersHandle, spawn_containers};
 pub use launcher::{LauncherHandle, instance, spawn_launcher};
 
 use self::{
@@ -55,6 +57,7 @@ use self::{
 };
 use crate::{
     config::{Config, ListenAddress, Reload},
+    container::{self, message as to_containers},
     jail::message as to_launcher,
     server::message as to_server,
     sys,
@@ -65,6 +68,9 @@ pub const SERVER: &str = "dispatch-serve";
 
 /// The launcher's name and argv[0].
 pub const LAUNCHER: &str = launcher::NAME;
+
+/// The name and argv[0] of whoever has Docker's socket.
+pub const CONTAINERS: &str = container::process::NAME;
 
 /// Why the service can't start.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +141,7 @@ struct Monitor<'a> {
     server_id: Option<u32>,
     server: Option<Peer>,
     launcher: Option<Peer>,
+    containers: Option<Peer>,
 }
 
 impl<'a> Monitor<'a> {
@@ -173,12 +180,15 @@ impl<'a> Monitor<'a> {
             server_id,
             server: None,
             launcher: None,
+            containers: None,
         })
     }
 
     /// Waits, decides, acts; to the end.
     fn serve(&mut self) -> u8 {
-        let (mut state, first) = State::start(self.config.drain_timeout, Instant::now());
+        let containers = self.policies.containers;
+        let (mut state, first) =
+            State::start(self.config.drain_timeout, containers, Instant::now());
         let mut actions = VecDeque::from(first);
         let mut events = VecDeque::new();
         loop {
@@ -216,7 +226,7 @@ impl<'a> Monitor<'a> {
                 // A process that takes no messages is of no use.
                 told.or_else(|error| self.give_up(role, &error))?;
             }
-            Action::Connect => self.connect()?,
+            Action::Connect(role) => self.connect(role)?,
             Action::Announce => self.announce(),
             Action::Compile => {
                 self.notifier.reloading();
@@ -226,8 +236,8 @@ impl<'a> Monitor<'a> {
                 }
             }
             Action::SendPolicies => {
-                // The launcher first: it must know what the server decides by.
-                for role in [Role::Launcher, Role::Server] {
+                // The server last: the others must know what it decides by.
+                for role in [Role::Launcher, Role::Containers, Role::Server] {
                     self.send_policies(role).or_else(|error| self.give_up(role, &error))?;
                 }
             }
@@ -245,11 +255,11 @@ impl<'a> Monitor<'a> {
                 };
                 told.or_else(|error| self.give_up(Role::Server, &error))?;
             }
+            Action::Dismiss(role) => self.dismiss(role),
             Action::End => {
                 self.listeners = None;
-                if let Some(launcher) = &mut self.launcher {
-                    launcher.close();
-                }
+                self.dismiss(Role::Launcher);
+                self.dismiss(Role::Containers);
             }
             Action::Kill(role) => self.kill(role)?,
             Action::Exit(_) => {}
@@ -264,6 +274,7 @@ impl<'a> Monitor<'a> {
                 let started = start_server(&self.executable, self.server_id)?;
                 (&mut self.server, started)
             }
+            Role::Containers => (&mut self.containers, containers::start(&self.executable)?),
         };
         tracing::info!(pid = started.0.pid(), "{} started", name(role));
         *slot = Some(Peer::new(started)?);
@@ -280,6 +291,13 @@ impl<'a> Monitor<'a> {
                     uid_range: self.config.uid_range,
                 };
                 peer.send(&to_launcher::FromMonitor::Configure(config), &[])
+            }
+            Role::Containers => {
+                let config = to_containers::ContainerConfig {
+                    socket: self.config.docker_socket.clone(),
+                    directory: self.config.docker_directory.clone(),
+                };
+                peer.send(&to_containers::FromMonitor::Configure(config), &[])
             }
             Role::Server => {
                 // None where the end has begun: no server is started then.
@@ -301,6 +319,10 @@ impl<'a> Monitor<'a> {
                 let templates = self.policies.templates()?;
                 peer.send(&to_launcher::FromMonitor::Policies, &[templates.as_fd()])
             }
+            Role::Containers => {
+                let templates = self.policies.templates()?;
+                peer.send(&to_containers::FromMonitor::Policies, &[templates.as_fd()])
+            }
             Role::Server => {
                 let set = self.policies.set()?;
                 peer.send(&to_server::FromMonitor::Policies, &[set.as_fd()])
@@ -308,19 +330,40 @@ impl<'a> Monitor<'a> {
         }
     }
 
-    fn connect(&self) -> io::Result<()> {
-        let (Some(server), Some(launcher)) = (&self.server, &self.launcher) else {
+    fn connect(&self, role: Role) -> io::Result<()> {
+        let (Some(server), Some(other)) = (&self.server, self.peer(role)) else {
             return Ok(());
         };
-        let (servers, launchers) = sys::seqpacket_pair()?;
-        let to_launcher = to_launcher::FromMonitor::Server;
-        if let Err(error) = launcher.send(&to_launcher, &[launchers.as_fd()]) {
-            return self.give_up(Role::Launcher, &error);
+        let (servers, others) = sys::seqpacket_pair()?;
+        let others = [others.as_fd()];
+        let (told, to_server) = match role {
+            Role::Containers => (
+                other.send(&to_containers::FromMonitor::Server, &others),
+                to_server::FromMonitor::Containers,
+            ),
+            Role::Launcher | Role::Server => (
+                other.send(&to_launcher::FromMonitor::Server, &others),
+                to_server::FromMonitor::Launcher,
+            ),
+        };
+        if let Err(error) = told {
+            return self.give_up(role, &error);
         }
-        let to_server = to_server::FromMonitor::Launcher;
         server
             .send(&to_server, &[servers.as_fd()])
             .or_else(|error| self.give_up(Role::Server, &error))
+    }
+
+    /// Closes its socket: it ends by itself.
+    fn dismiss(&mut self, role: Role) {
+        let peer = match role {
+            Role::Server => &mut self.server,
+            Role::Launcher => &mut self.launcher,
+            Role::Containers => &mut self.containers,
+        };
+        if let Some(peer) = peer {
+            peer.close();
+        }
     }
 
     fn announce(&self) {
@@ -358,6 +401,7 @@ impl<'a> Monitor<'a> {
         match role {
             Role::Server => self.server.as_ref(),
             Role::Launcher => self.launcher.as_ref(),
+            Role::Containers => self.containers.as_ref(),
         }
     }
 }
@@ -380,5 +424,6 @@ fn name(role: Role) -> &'static str {
     match role {
         Role::Server => SERVER,
         Role::Launcher => LAUNCHER,
+        Role::Containers => CONTAINERS,
     }
 }

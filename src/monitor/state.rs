@@ -29,6 +29,8 @@ pub enum Role {
     Server,
     /// `dispatch-launch`
     Launcher,
+    /// `dispatch-docker`, where a policy in force uses container mode.
+    Containers,
 }
 
 /// What happened.
@@ -49,10 +51,10 @@ pub enum Event {
         /// Whether it exited with 0.
         clean: bool,
     },
-    /// The compiler ended. `good`: there are new policies.
+    /// The compiler ended.
     Compiled {
-        /// Whether there are new policies.
-        good: bool,
+        /// Whether there are new policies: if so, whether one uses container mode.
+        containers: Option<bool>,
     },
     /// Time passed.
     Tick,
@@ -67,8 +69,8 @@ pub enum Action {
     /// started before either is told: the launcher may move this dispatcher's
     /// processes into a cgroup of their own, and looks for them then.
     Configure(Role),
-    /// Join server and launcher by a fresh socketpair.
-    Connect,
+    /// Join the server and who runs its calls by a fresh socketpair.
+    Connect(Role),
     /// Tell the world that the service is there; once.
     Announce,
     /// Start the compiler.
@@ -81,7 +83,9 @@ pub enum Action {
     Stopping,
     /// Tell the server to finish what runs and exit.
     Drain,
-    /// Stop listening, and close the launcher's socket: it ends everything and exits.
+    /// Close a process's socket: it ends everything and exits.
+    Dismiss(Role),
+    /// Stop listening, and dismiss all that run calls.
     End,
     /// SIGKILL.
     Kill(Role),
@@ -123,8 +127,17 @@ impl Keeper {
         Self { life: Life::Alive { since: now }, backoff: Backoff::new(), killed: false }
     }
 
+    /// One that isn't wanted.
+    fn absent() -> Self {
+        Self { life: Life::Over, backoff: Backoff::new(), killed: false }
+    }
+
     fn alive(&self) -> bool {
         matches!(self.life, Life::Alive { .. })
+    }
+
+    fn over(&self) -> bool {
+        matches!(self.life, Life::Over)
     }
 }
 
@@ -135,6 +148,9 @@ pub struct State {
     drain_timeout: Duration,
     server: Keeper,
     launcher: Keeper,
+    containers: Keeper,
+    /// Whether a policy in force uses container mode.
+    uses_containers: bool,
     announced: bool,
     early_deaths: u32,
     stops: u32,
@@ -146,14 +162,16 @@ pub struct State {
 }
 
 impl State {
-    /// The beginning, and what to do first.
+    /// The beginning, and what to do first; `containers`: a policy uses container mode.
     #[must_use]
-    pub fn start(drain_timeout: Duration, now: Instant) -> (Self, Vec<Action>) {
-        let state = Self {
+    pub fn start(drain_timeout: Duration, containers: bool, now: Instant) -> (Self, Vec<Action>) {
+        let mut state = Self {
             phase: Phase::Running,
             drain_timeout,
             server: Keeper::new(now),
             launcher: Keeper::new(now),
+            containers: Keeper::absent(),
+            uses_containers: false,
             announced: false,
             early_deaths: 0,
             stops: 0,
@@ -161,13 +179,14 @@ impl State {
             compile_again: false,
             code: 0,
         };
-        let actions = vec![
+        let mut actions = vec![
             Action::Start(Role::Launcher),
             Action::Start(Role::Server),
             Action::Configure(Role::Launcher),
             Action::Configure(Role::Server),
-            Action::Connect,
+            Action::Connect(Role::Launcher),
         ];
+        actions.extend(state.use_containers(containers, now));
         (state, actions)
     }
 
@@ -179,7 +198,7 @@ impl State {
             Event::Ready => self.on_ready(),
             Event::Parted => self.on_parted(),
             Event::Gone { role, clean } => self.on_gone(role, clean, now),
-            Event::Compiled { good } => self.on_compiled(good),
+            Event::Compiled { containers } => self.on_compiled(containers, now),
             Event::Tick => self.on_tick(now),
         }
     }
@@ -187,15 +206,18 @@ impl State {
     /// When [`Event::Tick`] is due; `None`: not until something else happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let starts =
-            [&self.server, &self.launcher].into_iter().filter_map(|keeper| match keeper.life {
-                Life::Down { until } => Some(until),
-                _ => None,
-            });
+        let keepers = [&self.server, &self.launcher, &self.containers];
+        let starts = keepers.into_iter().filter_map(|keeper| match keeper.life {
+            Life::Down { until } => Some(until),
+            _ => None,
+        });
         let end = match self.phase {
             Phase::Running => None,
             Phase::Draining(at) => (!self.server.killed).then_some(at),
-            Phase::Ending(at) => (!self.launcher.killed).then_some(at),
+            Phase::Ending(at) => {
+                let going = |keeper: &Keeper| keeper.alive() && !keeper.killed;
+                (going(&self.launcher) || going(&self.containers)).then_some(at)
+            }
         };
         starts.chain(end).min()
     }
@@ -215,7 +237,7 @@ impl State {
             }
             Phase::Draining(_) => self.end(now),
             // The third is for whoever can't wait for cgroups to be removed.
-            Phase::Ending(_) if self.stops > 2 => self.kill(Role::Launcher),
+            Phase::Ending(_) if self.stops > 2 => self.kill_those_who_run_calls(),
             Phase::Ending(_) => Vec::new(),
         }
     }
@@ -232,15 +254,16 @@ impl State {
         vec![Action::Compile]
     }
 
-    fn on_compiled(&mut self, good: bool) -> Vec<Action> {
+    fn on_compiled(&mut self, containers: Option<bool>, now: Instant) -> Vec<Action> {
         self.compiling = false;
         let again = std::mem::take(&mut self.compile_again);
         if self.phase != Phase::Running {
             return Vec::new();
         }
         let mut actions = Vec::new();
-        if good {
+        if let Some(containers) = containers {
             actions.push(Action::SendPolicies);
+            actions.extend(self.use_containers(containers, now));
         }
         actions.push(Action::Reloaded);
         if again {
@@ -259,7 +282,26 @@ impl State {
     fn on_parted(&mut self) -> Vec<Action> {
         let serving = !matches!(self.phase, Phase::Ending(_));
         let both = self.server.alive() && self.launcher.alive();
-        if serving && both { vec![Action::Connect] } else { Vec::new() }
+        if serving && both { vec![Action::Connect(Role::Launcher)] } else { Vec::new() }
+    }
+
+    /// Starts whoever has Docker's socket when it is needed, and lets it go when not.
+    fn use_containers(&mut self, wanted: bool, now: Instant) -> Vec<Action> {
+        let before = std::mem::replace(&mut self.uses_containers, wanted);
+        match (before, wanted) {
+            // One that was dismissed and is still there is followed by another.
+            (false, true) if self.containers.over() => {
+                self.containers = Keeper::new(now);
+                let role = Role::Containers;
+                vec![Action::Start(role), Action::Configure(role), Action::Connect(role)]
+            }
+            (true, false) if self.containers.alive() => vec![Action::Dismiss(Role::Containers)],
+            (true, false) => {
+                self.containers.life = Life::Over;
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
     }
 
     fn on_gone(&mut self, role: Role, clean: bool, now: Instant) -> Vec<Action> {
@@ -270,6 +312,10 @@ impl State {
         };
         let again = Life::Down { until: now + keeper.backoff.after(lived) };
         match (self.phase, role) {
+            (Phase::Running | Phase::Draining(_), Role::Containers) => {
+                self.containers.life = if self.uses_containers { again } else { Life::Over };
+                Vec::new()
+            }
             (Phase::Running, _) => {
                 self.keeper(role).life = again;
                 self.early_deaths += u32::from(!self.announced);
@@ -290,11 +336,10 @@ impl State {
             }
             (Phase::Ending(_), role) => {
                 self.keeper(role).life = Life::Over;
-                if role == Role::Launcher && !clean {
+                if role != Role::Server && !clean {
                     self.code = 1;
                 }
-                let over = |keeper: &Keeper| matches!(keeper.life, Life::Over);
-                if over(&self.server) && over(&self.launcher) {
+                if self.server.over() && self.launcher.over() && self.containers.over() {
                     vec![Action::Exit(self.code)]
                 } else {
                     Vec::new()
@@ -308,19 +353,24 @@ impl State {
             Phase::Draining(at) if at <= now && !self.server.killed => {
                 return self.kill(Role::Server);
             }
-            Phase::Ending(at) if at <= now => return self.kill(Role::Launcher),
+            Phase::Ending(at) if at <= now => return self.kill_those_who_run_calls(),
             _ => {}
         }
         let mut actions = Vec::new();
-        for role in [Role::Launcher, Role::Server] {
+        let mut started = Vec::new();
+        for role in [Role::Launcher, Role::Containers, Role::Server] {
             let keeper = self.keeper(role);
             if matches!(keeper.life, Life::Down { until } if until <= now) {
                 keeper.life = Life::Alive { since: now };
                 actions.extend([Action::Start(role), Action::Configure(role)]);
+                started.push(role);
             }
         }
-        if !actions.is_empty() && self.server.alive() && self.launcher.alive() {
-            actions.push(Action::Connect);
+        for role in [Role::Launcher, Role::Containers] {
+            let fresh = started.contains(&role) || started.contains(&Role::Server);
+            if fresh && self.server.alive() && self.keeper(role).alive() {
+                actions.push(Action::Connect(role));
+            }
         }
         actions
     }
@@ -331,6 +381,9 @@ impl State {
         let mut actions = self.kill(Role::Server);
         if !self.server.alive() {
             self.server.life = Life::Over;
+        }
+        if !self.containers.alive() {
+            self.containers.life = Life::Over;
         }
         if !self.launcher.alive() {
             // The one that died left cgroups, which only its successor removes.
@@ -355,7 +408,14 @@ impl State {
         match role {
             Role::Server => &mut self.server,
             Role::Launcher => &mut self.launcher,
+            Role::Containers => &mut self.containers,
         }
+    }
+
+    fn kill_those_who_run_calls(&mut self) -> Vec<Action> {
+        let mut actions = self.kill(Role::Launcher);
+        actions.extend(self.kill(Role::Containers));
+        actions
     }
 }
 

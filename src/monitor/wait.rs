@@ -82,7 +82,7 @@ impl Monitor<'_> {
         // What the server said last comes before its end.
         let answers = self.server.as_ref().and_then(Peer::socket);
         sources.extend(answers.map(|it| (Source::Answers, it.as_fd())));
-        for role in [Role::Server, Role::Launcher] {
+        for role in [Role::Server, Role::Launcher, Role::Containers] {
             let peer = self.peer(role);
             sources.extend(peer.map(|it| (Source::Process(role), it.process.as_fd())));
         }
@@ -128,6 +128,7 @@ impl Monitor<'_> {
         events.push_back(compiled(result.map(|policies| {
             tracing::info!(digest = %policies.digest, "policies loaded again");
             self.policies = policies;
+            self.policies.containers
         })));
     }
 
@@ -135,6 +136,7 @@ impl Monitor<'_> {
         let slot = match role {
             Role::Server => &mut self.server,
             Role::Launcher => &mut self.launcher,
+            Role::Containers => &mut self.containers,
         };
         let Some(peer) = slot else { return Ok(()) };
         let Some(status) = peer.process.ended()? else { return Ok(()) };
@@ -211,11 +213,11 @@ pub(super) fn first_policies(
 }
 
 /// What the end of a compilation means; faults are told already.
-pub(super) fn compiled(result: Result<(), CompileError>) -> Event {
+pub(super) fn compiled(result: Result<bool, CompileError>) -> Event {
     if let Err(error) = &result {
         tracing::error!("{error}; the earlier ones stay in force");
     }
-    Event::Compiled { good: result.is_ok() }
+    Event::Compiled { containers: result.ok() }
 }
 
 /// From now; a little longer, so that the time has really come then.

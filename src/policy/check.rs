@@ -30,6 +30,7 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
     let holds = &policy.resolved;
     let mut faults = Vec::new();
     modes(policy, &mut faults);
+    containers(holds, &mut faults);
     services(holds, &mut faults);
     binds(holds, &mut faults);
     syscalls(holds, &mut faults);
@@ -45,7 +46,6 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
 #[must_use]
 pub fn warnings(policy: &Effective) -> Vec<Fault> {
     let mut warnings = Vec::new();
-    not_built_yet(&policy.resolved, &mut warnings);
     interpreters_out_of_reach(&policy.resolved, &mut warnings);
     let overrides = policy.overrides.iter().map(|special| &special.resolved);
     for holds in std::iter::once(&policy.resolved).chain(overrides) {
@@ -90,6 +90,39 @@ fn modes(policy: &Effective, faults: &mut Vec<Fault>) {
             format!("identity.user is {:?}, which only direct mode can honour", user.value);
         let help = "leave it out (in a jail each run has a host uid of its own), or write mode = \"direct\"";
         faults.push(Fault::new(&user.place, message, help));
+    }
+}
+
+/// What Docker can't do, or would do in another sense.
+fn containers(holds: &Resolved, faults: &mut Vec<Fault>) {
+    let container = &holds.container;
+    if container.pull.value && container.image.value.is_empty() {
+        let message = "container.pull is true, and there is no image to pull";
+        faults.push(Fault::new(&container.pull.place, message, "name the image, or leave it out"));
+    }
+    if !may_run_in(holds, Mode::Container) {
+        return;
+    }
+    let root = &holds.filesystem.root;
+    if !container.image.value.is_empty() && root.value != Root::Empty {
+        let message = "filesystem.root can't be honoured in an image, which is a root of its own";
+        faults.push(Fault::new(&root.place, message, "leave one of root and image out"));
+    }
+    for capability in &holds.capabilities.keep.value.items {
+        let message = "capabilities.keep can't be honoured in container mode: what a jail keeps \
+                       holds in its own user namespace, and what Docker keeps holds on the host";
+        faults.push(Fault::new(
+            &capability.place,
+            message,
+            "leave it out, or write mode = \"jail\"",
+        ));
+    }
+    let binds = holds.filesystem.bind.value.items.iter();
+    for bind in binds.filter(|bind| !bind.value.read_only) {
+        let message = "filesystem.bind can't be honoured for writing in container mode: Docker \
+                       can't map the program's user to the directory's owner";
+        let help = "write read_only = true, or mode = \"jail\"";
+        faults.push(Fault::new(&bind.place, message, help));
     }
 }
 
@@ -184,16 +217,6 @@ fn instances(holds: &instances::Resolved, faults: &mut Vec<Fault>) {
         );
         let place = if holds.min.place.is_written() { &holds.min.place } else { &holds.max.place };
         faults.push(Fault::new(place, message, "write a min that is not above max"));
-    }
-}
-
-fn not_built_yet(holds: &Resolved, warnings: &mut Vec<Fault>) {
-    let general = &holds.general;
-    let asked = general.allow_modes.value.items.iter();
-    let modes = std::iter::once(&general.mode).chain(asked);
-    for mode in modes.filter(|mode| mode.value == Mode::Container) {
-        let message = "container mode isn't built yet: such calls are answered UNIMPLEMENTED";
-        warnings.push(Fault::new(&mode.place, message, "write mode = \"jail\" until then"));
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::{
-    Admission, Artifacts, Container, Instances, Policy, PolicyFamily, PolicySet, check,
+    Admission, Artifacts, Instances, Policy, PolicyFamily, PolicySet, check,
     directory::{policy_name, policy_path, profile_path, read_policies, read_text},
     fault::{Fault, Place, tidy},
     named_or_nobody, profile,
@@ -18,8 +18,8 @@ use crate::{
     jail::{
         decide,
         plan::{
-            Allowed, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template, TemplateId,
-            TemplateSet,
+            Allowed, Container, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template,
+            TemplateId, TemplateSet,
         },
         seccomp::{deadly, filter::FilterError, profile::default_profile, syscalls},
     },
@@ -149,16 +149,13 @@ fn compile(
             .collect();
         let family = PolicyFamily { base, overrides };
         // Overrides have the same system calls, network and binds.
-        let filter = template(&family.base, user.clone()).map(|base| decide::check_filter(&base));
-        if let Some(Err(error)) = filter {
+        let base = template(&family.base, user.clone());
+        if let Err(error) = decide::check_filter(&base) {
             faults.push(filter_fault(&policy.resolved, &error));
         }
         let variants = family.overrides.iter().map(|(_, policy)| policy);
-        templates.extend(
-            std::iter::once(&family.base)
-                .chain(variants)
-                .filter_map(|policy| template(policy, user.clone())),
-        );
+        templates.push(base);
+        templates.extend(variants.map(|policy| template(policy, user.clone())));
         policies.insert(name.clone(), family);
     }
     if !faults.is_empty() {
@@ -166,7 +163,8 @@ fn compile(
     }
     let unsigned = Digest::from_bytes([0; 32]);
     let mut set = PolicySet { digest: unsigned, policies };
-    let mut templates = TemplateSet { digest: unsigned, templates };
+    let containers = templates.iter().any(|template| template.modes.contains(&Mode::Container));
+    let mut templates = TemplateSet { digest: unsigned, containers, templates };
     set.digest = digest_of(&(&set, &templates));
     templates.digest = set.digest;
     Ok(Loaded { set, templates, warnings: tidy(warnings), effective })
@@ -213,6 +211,7 @@ fn build(id: TemplateId, holds: &Resolved, syscalls: SyscallPolicy) -> Policy {
         },
         container: Container {
             image: holds.container.image.value.clone(),
+            pull: holds.container.pull.value,
             runtime: holds.container.runtime.value.clone(),
         },
         instances: Instances {
@@ -264,14 +263,13 @@ fn artifacts(holds: &Resolved) -> Artifacts {
     }
 }
 
-/// What the launcher is told; `None` for a policy that only runs in containers.
-fn template(policy: &Policy, user: Option<HostUser>) -> Option<Template> {
+/// What those who run it are told.
+fn template(policy: &Policy, user: Option<HostUser>) -> Template {
     let mut modes = vec![policy.mode];
     modes.extend(&policy.allow_modes);
-    modes.retain(|mode| *mode != Mode::Container);
     modes.sort();
     modes.dedup();
-    (!modes.is_empty()).then(|| Template {
+    Template {
         id: policy.id.clone(),
         modes,
         best_effort: policy.best_effort.clone(),
@@ -284,7 +282,8 @@ fn template(policy: &Policy, user: Option<HostUser>) -> Option<Template> {
         environment: policy.environment.clone(),
         environment_allow: policy.environment_allow.clone(),
         interpreters: policy.artifacts.interpreters.clone(),
-    })
+        container: policy.container.clone(),
+    }
 }
 
 /// The host user of direct mode, where the policy may run in it.

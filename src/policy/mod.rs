@@ -28,7 +28,9 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    jail::plan::{Control, Filesystem, Limits, Mode, Network, SyscallPolicy, TemplateId},
+    jail::plan::{
+        Container, Control, Filesystem, Limits, Mode, Network, SyscallPolicy, TemplateId,
+    },
     names::Digest,
     units::{Limit, Rate},
 };
@@ -151,15 +153,6 @@ pub struct Admission {
     pub queue_timeout: Limit<Duration>,
     /// Calls begun per second.
     pub rate: Limit<Rate>,
-}
-
-/// `[container]` (a later issue; kept so that policies can be written).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Container {
-    /// Image name; empty: one that the dispatcher makes.
-    pub image: String,
-    /// OCI runtime; empty: Docker's default.
-    pub runtime: String,
 }
 
 /// `[instances]` (a later issue; kept so that policies can be written).

@@ -13,14 +13,15 @@ use crate::{
 #[must_use]
 pub fn steps(policy: &Policy) -> Vec<String> {
     let mut steps = vec![admission(policy), artifact(policy)];
-    if policy.mode == Mode::Container || policy.protocol == Protocol::Grpc {
+    if policy.protocol == Protocol::Grpc {
         steps.push("the call is refused as UNIMPLEMENTED: this isn't built yet".to_owned());
         return steps;
     }
     steps.push(cgroup(policy));
     match policy.mode {
         Mode::Direct => direct(policy, &mut steps),
-        _ => jail(policy, &mut steps),
+        Mode::Container => container(policy, &mut steps),
+        Mode::Jail => jail(policy, &mut steps),
     }
     steps.push(run(policy));
     steps.push(watch(policy));
@@ -85,24 +86,13 @@ fn jail(policy: &Policy, steps: &mut Vec<String>) {
     steps.push(format!(
         "namespaces: user (a host uid of its own), mount, pid (dispatch-init is PID 1), ipc, uts, cgroup{network}"
     ));
-    steps.push(match &policy.filesystem.root {
-        Root::Empty => "root: empty and read-only; static executables only".to_owned(),
-        Root::Host => {
-            "root: the host's /usr, /bin, /lib*, /sbin, /opt and a minimal /etc, read-only"
-                .to_owned()
-        }
-        Root::Directory(path) => format!("root: {}, read-only", path.display()),
-    });
+    steps.push(format!("root: {}", root(policy)));
     steps.extend(policy.filesystem.binds.iter().map(bind));
     steps.push(
         "/dev with null, zero, full, random, urandom; /proc read-only, own processes only"
             .to_owned(),
     );
-    let exec = if policy.filesystem.tmp_exec { "executables allowed" } else { "noexec" };
-    steps.push(match &policy.filesystem.tmp {
-        Some(tmp) => format!("/tmp: private, {}, {exec}", size(tmp)),
-        None => "/tmp: none".to_owned(),
-    });
+    steps.push(tmp(policy));
     steps.push(rlimits(policy));
     steps.push(format!(
         "identity: uid and gid 65534, no other groups, {}, no_new_privs",
@@ -114,6 +104,58 @@ fn jail(policy: &Policy, steps: &mut Vec<String>) {
         "seccomp: {} system calls allowed, the deadly ones end the run",
         policy.syscalls.allowed.len()
     ));
+    steps.push(best_effort(&policy.best_effort));
+}
+
+fn root(policy: &Policy) -> String {
+    match &policy.filesystem.root {
+        Root::Empty => "empty and read-only; static executables only".to_owned(),
+        Root::Host => {
+            "the host's /usr, /bin, /lib*, /sbin, /opt and a minimal /etc, read-only".to_owned()
+        }
+        Root::Directory(path) => format!("{}, read-only", path.display()),
+    }
+}
+
+fn tmp(policy: &Policy) -> String {
+    let exec = if policy.filesystem.tmp_exec { "executables allowed" } else { "noexec" };
+    match &policy.filesystem.tmp {
+        Some(tmp) => format!("/tmp: private, {}, {exec}", size(tmp)),
+        None => "/tmp: none".to_owned(),
+    }
+}
+
+fn container(policy: &Policy, steps: &mut Vec<String>) {
+    let wanted = &policy.container;
+    let runtime = match wanted.runtime.as_str() {
+        "" => "Docker's default runtime".to_owned(),
+        name => format!("the runtime {name}"),
+    };
+    let image = match (wanted.image.as_str(), wanted.pull) {
+        ("", _) => format!("an image that the dispatcher imports, {}", root(policy)),
+        (name, true) => format!("the image {name}, pulled where Docker lacks it"),
+        (name, false) => format!("the image {name}, which Docker has to hold"),
+    };
+    steps.push(format!("container of its own, by {runtime}: {image}; the root is read-only"));
+    let network = match policy.network {
+        Network::None => "net (no sockets but AF_UNIX)",
+        Network::Loopback => "net (a lo of its own, up)",
+        Network::Host => "none for the network, which is the host's",
+    };
+    steps.push(format!(
+        "namespaces: mount, pid (dispatch-init is PID 1), ipc, uts, cgroup, {network}; none for users unless Docker remaps them"
+    ));
+    steps.extend(policy.filesystem.binds.iter().map(bind));
+    steps.push(tmp(policy));
+    steps.push(rlimits(policy));
+    steps.push(
+        "identity: uid and gid 65534, no other groups, no capability, no_new_privs".to_owned(),
+    );
+    steps.push(format!(
+        "seccomp: {} system calls allowed, the deadly ones end the run, unnamed",
+        policy.syscalls.allowed.len()
+    ));
+    steps.push("confirmed by the kernel's word before the program starts".to_owned());
     steps.push(best_effort(&policy.best_effort));
 }
 

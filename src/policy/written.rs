@@ -165,6 +165,8 @@ tables! {
     container ["container"] {
         /// Image; empty for one that the dispatcher makes by itself.
         image: ImageName,
+        /// Whether an image that Docker doesn't hold is pulled from its registry.
+        pull: Flag,
         /// OCI runtime, such as "runsc"; empty for Docker's default.
         runtime: RuntimeName,
     }

@@ -24,6 +24,8 @@ pub enum FromMonitor {
     Policies,
     /// One descriptor: this server's end of a fresh socketpair with the launcher.
     Launcher,
+    /// One descriptor: this server's end of a fresh socketpair with `dispatch-docker`.
+    Containers,
     /// SIGTERM or SIGINT came: stop taking calls, finish what runs, exit 0.
     Drain,
 }

@@ -35,7 +35,7 @@ use crate::{
     },
     config::Config,
     dispatch::Dispatcher,
-    execute::{launcher::Launcher, stop::StopHandle},
+    execute::{Executors, stop::StopHandle},
     policy::{Policy, store::PolicyStore},
     units::Limit,
     wire::collective_dispatcher_server::CollectiveDispatcherServer,
@@ -119,7 +119,7 @@ pub async fn run(
     listeners: Listeners,
     config: &Config,
     policies: Arc<PolicyStore>,
-    launcher: Launcher,
+    executors: Executors,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let capacity = Capacity {
@@ -130,7 +130,7 @@ pub async fn run(
     let admission = Admission::new(capacity);
     let limit = message_limit(Arc::clone(&policies), config.inflight_bytes);
     let dispatcher =
-        Arc::new(Dispatcher::new(policies, admission, launcher, config.artifact_cache));
+        Arc::new(Dispatcher::new(policies, admission, executors, config.artifact_cache));
     let gate = Gate::default();
     let bytes = ByteBudget::new(config.inflight_bytes);
     let connections =

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    execute::launcher::Launcher,
+    execute::{Executors, launcher::Launcher},
     observe,
     packets::Packets,
     policy::{PolicySet, store::PolicyStore},
@@ -121,18 +121,19 @@ fn prepare() -> Result<OwnedFd, ProcessError> {
 
 async fn serve(socket: OwnedFd) -> Result<Ended, ProcessError> {
     let mut monitor = Monitor::new(socket)?;
-    let launcher = Launcher::new();
-    let Start { config, listeners, policies } = match configured(&mut monitor, &launcher).await? {
+    let executors = Executors::default();
+    let Start { config, listeners, policies } = match configured(&mut monitor, &executors).await? {
         Begin::Serving(start) => *start,
         Begin::Ended(ended) => return Ok(ended),
     };
     let (shut_down, shutdown) = oneshot::channel();
     let mut served =
-        pin!(run(listeners, &config, Arc::clone(&policies), launcher.clone(), async {
+        pin!(run(listeners, &config, Arc::clone(&policies), executors.clone(), async {
             // An error means that the sender is gone, and with it the monitor.
             let _ = shutdown.await;
         }));
     let mut shut_down = Some(shut_down);
+    let launcher = &executors.launcher;
     let mut ready = pin!(launcher.ready());
     let mut lost = pin!(launcher.lost());
     let mut announced = false;
@@ -157,9 +158,12 @@ async fn serve(socket: OwnedFd) -> Result<Ended, ProcessError> {
                 }
                 Some((FromMonitor::Policies, descriptors)) => {
                     take_up(&policies, descriptors);
-                    launcher.policies_changed();
+                    executors.policies_changed();
                 }
-                Some((FromMonitor::Launcher, descriptors)) => attach(&launcher, descriptors)?,
+                Some((FromMonitor::Launcher, descriptors)) => attach(launcher, descriptors)?,
+                Some((FromMonitor::Containers, descriptors)) => {
+                    attach(&executors.containers, descriptors)?;
+                }
                 Some((FromMonitor::Drain, _)) => match shut_down.take() {
                     Some(shut_down) => drop(shut_down.send(())),
                     None => debug!("draining already"),
@@ -183,7 +187,7 @@ enum Begin {
 }
 
 /// Collects the configuration and the policies.
-async fn configured(monitor: &mut Monitor, launcher: &Launcher) -> Result<Begin, ProcessError> {
+async fn configured(monitor: &mut Monitor, executors: &Executors) -> Result<Begin, ProcessError> {
     let mut configuration = None;
     let mut policies = None;
     loop {
@@ -207,7 +211,8 @@ async fn configured(monitor: &mut Monitor, launcher: &Launcher) -> Result<Begin,
                     setup("the policies can't be read")(io::Error::other(error))
                 })?);
             }
-            FromMonitor::Launcher => attach(launcher, descriptors)?,
+            FromMonitor::Launcher => attach(&executors.launcher, descriptors)?,
+            FromMonitor::Containers => attach(&executors.containers, descriptors)?,
             FromMonitor::Drain => return Ok(Begin::Ended(Ended::Drained)),
         }
         match (configuration.take(), policies.take()) {

@@ -72,7 +72,7 @@ fn start(
     let served = tokio::spawn(async move {
         let listeners = Listeners { service: vec![listener], health: None };
         let policies = Arc::new(PolicyStore::new(set));
-        run(listeners, &config, policies, launcher, async { shutdown.await.unwrap() }).await
+        run(listeners, &config, policies, launcher.into(), async { shutdown.await.unwrap() }).await
     });
     Bench { fake, path, shut_down, served, _directory: directory }
 }
@@ -122,7 +122,7 @@ fn request(binary: impl Into<Bytes>) -> wire::ServeRequest {
 }
 
 fn say(text: &str) -> Behaviour {
-    Behaviour::Say { stdout: text.into(), stderr: b"note".to_vec(), end: exited(0) }
+    Behaviour::Say { stdout: text.into(), stderr: b"note".to_vec(), end: exited(0).into() }
 }
 
 /// Waits until the fake has been asked to launch something.

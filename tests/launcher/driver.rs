@@ -75,7 +75,7 @@ impl Launcher {
             }),
             &[],
         );
-        let set = TemplateSet { digest: SET, templates: vec![template] };
+        let set = TemplateSet { digest: SET, containers: false, templates: vec![template] };
         let bytes = postcard::to_stdvec(&set).unwrap();
         let memfd = sys::sealed_memfd(c"policies", &[&bytes], false).unwrap();
         send(&ours, &FromMonitor::Policies, &[&memfd]);
@@ -108,7 +108,7 @@ impl Launcher {
                 FromLauncher::Ended { end, .. } => {
                     assert!(started, "an end without a start");
                     let (stdout, stderr) = io.read();
-                    return Outcome::Ended { end: *end, stdout, stderr };
+                    return Outcome::Ended { end, stdout, stderr };
                 }
                 FromLauncher::Ready { .. } | FromLauncher::Released { .. } => {}
             }
@@ -139,7 +139,7 @@ impl Drop for Launcher {
 #[derive(Debug)]
 pub enum Outcome {
     Refused(Refusal),
-    Ended { end: End, stdout: String, stderr: String },
+    Ended { end: Box<End>, stdout: String, stderr: String },
 }
 
 pub struct Io {

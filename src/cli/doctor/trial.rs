@@ -41,10 +41,11 @@ pub(super) fn run(
         .map_err(|error| format!("no memory for a program: {error}"))?;
     let executable = Arc::new(executable);
     let policy_set = loaded.set.digest;
-    with_launcher(settings, &loaded.templates, async |launcher, mut signals| {
+    with_launcher(settings, &loaded.templates, async |executors, mut signals| {
         let mut found = Vec::new();
         for subject in subjects {
-            found.push(one(&launcher, &mut signals, policy_set, subject, &executable).await);
+            let executor = executors.of(subject.1);
+            found.push(one(executor, &mut signals, policy_set, subject, &executable).await);
         }
         found
     })
@@ -63,6 +64,7 @@ async fn one(
         policy_set,
         template: template.clone(),
         mode: *mode,
+        namespace: "default".into(),
         executable: Arc::clone(executable),
         executable_size: EXITS_WITH_0.len() as u64,
         interpreter: None,

@@ -14,6 +14,7 @@
 //!
 //! Blocking file access throughout: this is for the launcher, which has one thread.
 
+mod adopted;
 mod files;
 mod hierarchy;
 mod instance;

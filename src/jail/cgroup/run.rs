@@ -37,6 +37,9 @@ pub struct Cgroup {
     swap_by_absence: bool,
     /// CPU time used before the program was told to start.
     cpu_baseline: CpuUsage,
+    /// The most tasks there were before that, in a cgroup that somebody else made: a peak of
+    /// tasks can't be reset.
+    pids_before: u64,
     /// v2 from Linux 6.12: counts from the program's start.
     fresh_peak: Option<File>,
     /// What it was made with, where all of that is in force and was not changed since.
@@ -72,6 +75,7 @@ impl Cgroup {
             features: hierarchy.features,
             swap_by_absence: false,
             cpu_baseline: CpuUsage::default(),
+            pids_before: 0,
             fresh_peak: None,
             limits: None,
             seen: Cell::default(),
@@ -83,6 +87,38 @@ impl Cgroup {
             }
         }
         Ok(cgroup)
+    }
+
+    /// Takes up directories that somebody else made.
+    pub(super) fn adopt(sources: Vec<Source>) -> io::Result<Self> {
+        let mut features = values::Features::default();
+        sources.iter().for_each(|source| features.look(source.kind, &source.path));
+        let unified = sources.iter().find(|source| source.kind.is_unified());
+        let unified = unified.map(|source| open_directory(&source.path)).transpose()?;
+        let mut cgroup = Self {
+            sources,
+            unified,
+            enforced: Vec::new(),
+            features,
+            swap_by_absence: false,
+            cpu_baseline: CpuUsage::default(),
+            pids_before: 0,
+            fresh_peak: None,
+            limits: None,
+            seen: Cell::default(),
+        };
+        cgroup.pids_before = cgroup.pids_peak().unwrap_or(0);
+        cgroup.note_what_needs_no_limit();
+        Ok(cgroup)
+    }
+
+    fn note_what_needs_no_limit(&mut self) {
+        if self.unified.is_some() && self.features.kill {
+            self.enforced.push(Control::CgroupKill);
+        }
+        if self.cpu_source().is_some() {
+            self.enforced.push(Control::CpuTime);
+        }
     }
 
     /// Sets the limits, also once more, and tells which could not be set.
@@ -103,12 +139,7 @@ impl Cgroup {
                 Err(reason) => refused.push((control, reason)),
             }
         }
-        if self.unified.is_some() && self.features.kill {
-            self.enforced.push(Control::CgroupKill);
-        }
-        if self.cpu_source().is_some() {
-            self.enforced.push(Control::CpuTime);
-        }
+        self.note_what_needs_no_limit();
         self.limits = (first && refused.is_empty()).then_some(*limits);
         refused
     }
@@ -233,6 +264,20 @@ impl Cgroup {
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
+    /// The processes in it, but not in cgroups below it.
+    ///
+    /// # Errors
+    /// Those of reading `cgroup.procs`: NotFound once it is gone.
+    pub fn processes(&self) -> io::Result<Vec<i32>> {
+        let mut found = Vec::new();
+        for source in &self.sources {
+            found.extend(files::processes(&source.path)?);
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
     /// CPU time of the whole tree since [`Cgroup::start_measuring`].
     ///
     /// # Errors
@@ -255,8 +300,8 @@ impl Cgroup {
     #[must_use]
     pub fn usage(&self) -> Usage {
         let cpu = self.cpu_usage().unwrap_or_default();
-        let pids = self.source(Controller::Pids);
-        let pids = pids.and_then(|pids| files::number(&pids.path, "pids.peak").ok());
+        // One that others reached before says nothing of the program.
+        let pids = self.pids_peak().filter(|peak| *peak > self.pids_before);
         let tasks = pids.unwrap_or(self.seen.get().pids).saturating_sub(1).max(1);
         Usage {
             user: cpu.user,
@@ -264,6 +309,10 @@ impl Cgroup {
             memory_peak: self.memory_peak().unwrap_or(self.seen.get().memory),
             pids_peak: u32::try_from(tasks).unwrap_or(u32::MAX),
         }
+    }
+
+    fn pids_peak(&self) -> Option<u64> {
+        files::number(&self.source(Controller::Pids)?.path, "pids.peak").ok()
     }
 
     fn memory_peak(&self) -> Option<u64> {
@@ -370,10 +419,10 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Notes what there is now, where the kernel keeps no peak.
+    /// Notes what there is now, where the kernel keeps no peak of it alone.
     fn look(&self) {
         let mut seen = self.seen.get();
-        if !self.features.pids_peak
+        if (!self.features.pids_peak || self.pids_before > 0)
             && let Some(pids) = self.source(Controller::Pids)
         {
             let now = files::number(&pids.path, "pids.current").unwrap_or(0);
@@ -388,7 +437,7 @@ impl Cgroup {
         self.seen.set(seen);
     }
 
-    fn source(&self, controller: Controller) -> Option<&Source> {
+    pub(super) fn source(&self, controller: Controller) -> Option<&Source> {
         self.sources.iter().find(|source| source.controllers.contains(&controller))
     }
 

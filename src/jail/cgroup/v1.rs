@@ -77,14 +77,20 @@ fn reached(memory: &Path, peak: &str, limit: &str) -> bool {
     }
 }
 
+/// Quota and period in microseconds; `None` without a quota.
+pub(super) fn cpu_quota(cpu: &Path) -> Option<(u64, u64)> {
+    // -1, which is no number to us, stands for none.
+    let quota = files::number(cpu, "cpu.cfs_quota_us").ok()?;
+    Some((quota, files::number(cpu, "cpu.cfs_period_us").ok()?))
+}
+
 /// The share of processors in thousandths that `cpu` and what lies above it, up
 /// to `top`, allow: v1 refuses a child more than its parent has.
 pub(super) fn cpu_ceiling(cpu: &Path, top: &Path) -> Option<u32> {
     cpu.ancestors()
         .take_while(|directory| directory.starts_with(top))
         .filter_map(|directory| {
-            let quota = files::number(directory, "cpu.cfs_quota_us").ok()?; // -1: none
-            let period = files::number(directory, "cpu.cfs_period_us").ok()?;
+            let (quota, period) = cpu_quota(directory)?;
             u32::try_from(quota.checked_mul(1000)?.checked_div(period)?).ok()
         })
         .min()

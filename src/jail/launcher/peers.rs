@@ -11,7 +11,7 @@ use crate::{
     jail::{
         decide::Prepared,
         message::{Exhausted, FromLauncher, FromMonitor, FromServer, Refusal, StopCause},
-        plan::TemplateSet,
+        plan::{Mode, Template, TemplateSet},
     },
     names::Digest,
     sys,
@@ -55,7 +55,9 @@ impl Launcher {
         let set = read_set(fd)?;
         let digest = set.digest;
         let mut templates = HashMap::new();
-        for template in set.templates {
+        // Others are for containers alone.
+        let ours = |template: &Template| template.modes.iter().any(|mode| *mode != Mode::Container);
+        for template in set.templates.into_iter().filter(ours) {
             let id = template.id.clone();
             let before = self.sets.front().and_then(|set| set.templates.get(&id));
             let prepared = match before.filter(|before| before.template == template) {

@@ -15,7 +15,7 @@ use crate::jail::{
     check::{self, Checked},
     decide::Script,
     message::{FromLauncher, Launch, LaunchFds, Refusal, StopCause},
-    plan::{Control, Template},
+    plan::{Control, Mode, Template},
     run::{self, Call, Change, Run},
     step::{Step, StepError},
 };
@@ -47,8 +47,9 @@ impl Launcher {
         let prepared = Rc::clone(
             set.templates.get(&launch.template).ok_or_else(|| invalid("no such template"))?,
         );
-        let mut fds = launch_fds(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
-        let checked = check::check(&launch, &fds, &prepared.template)
+        let mut fds =
+            LaunchFds::of(fds).ok_or_else(|| invalid("a launch takes five descriptors"))?;
+        let checked = check::check(&launch, &fds, &prepared.template, &[Mode::Direct, Mode::Jail])
             .map_err(|what| Refusal::Invalid { what })?;
         let cores = cores(&checked, self.facts.processors);
         let mut call = Call { launch, call_len: checked.call_len, cores, received };
@@ -213,9 +214,4 @@ pub(super) fn cgroup_refusal(error: CgroupError) -> Refusal {
         },
         other => Refusal::Invalid { what: other.to_string() },
     }
-}
-
-fn launch_fds(fds: Vec<OwnedFd>) -> Option<LaunchFds> {
-    let [executable, stdin, stdout, stderr, call]: [OwnedFd; 5] = fds.try_into().ok()?;
-    Some(LaunchFds { executable, stdin, stdout, stderr, call })
 }

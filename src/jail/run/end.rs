@@ -40,6 +40,8 @@ impl Run {
             refused_syscalls: self.refused.clone(),
             // Before the filter, the last step but exec, nothing is complete.
             enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
+            runtime: None,
+            lost: None,
             setup: self
                 .call
                 .as_ref()

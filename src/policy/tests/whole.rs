@@ -109,14 +109,15 @@ fn templates_carry_what_the_launcher_needs() {
     let templates = &loaded.templates.templates;
     let ids: Vec<(&str, u32)> =
         templates.iter().map(|one| (one.id.policy.as_str(), one.id.variant)).collect();
-    assert_eq!(ids, [("both", 0), ("both", 1), ("jail", 0), ("trusted", 0)]);
+    assert_eq!(ids, [("both", 0), ("both", 1), ("boxes", 0), ("jail", 0), ("trusted", 0)]);
     assert_eq!(templates[0].modes, [Mode::Direct, Mode::Jail]);
     assert_eq!(templates[0].user.as_ref().unwrap().uid, 65_534);
-    assert_eq!(templates[2].modes, [Mode::Jail]);
-    assert_eq!(templates[2].user, None);
-    assert_eq!(templates[2].environment_allow, ["X"]);
-    assert_eq!(templates[3].modes, [Mode::Direct]);
-    assert_eq!(templates[3].user.as_ref().unwrap().name, "alice");
+    assert_eq!(templates[2].modes, [Mode::Container]);
+    assert_eq!(templates[3].modes, [Mode::Jail]);
+    assert_eq!(templates[3].user, None);
+    assert_eq!(templates[3].environment_allow, ["X"]);
+    assert_eq!(templates[4].modes, [Mode::Direct]);
+    assert_eq!(templates[4].user.as_ref().unwrap().name, "alice");
     assert_eq!(loaded.templates.digest, loaded.set.digest);
     // What the compiler hands on survives the way it is handed on.
     let bytes = postcard::to_stdvec(&loaded.set).unwrap();
@@ -145,6 +146,37 @@ fn direct_mode_refuses_what_it_cannot_honour_and_only_that() {
 }
 
 #[test]
+fn container_mode_refuses_what_docker_cannot_do() {
+    for (content, begin) in [
+        (
+            "mode = \"container\"\n[capabilities]\nkeep = [\"CAP_CHOWN\"]",
+            "3:9: capabilities.keep can't",
+        ),
+        ("allow_modes = [\"container\"]\n[capabilities]\nkeep = [\"CAP_CHOWN\"]", "3:9: "),
+        (
+            "mode = \"container\"\n[filesystem]\nbind = [{ source = \"/srv\", target = \"/srv\", read_only = false }]",
+            "3:9: filesystem.bind can't be honoured for writing",
+        ),
+        (
+            "mode = \"container\"\n[filesystem]\nroot = \"host\"\n[container]\nimage = \"debian:12\"",
+            "3:8: filesystem.root can't",
+        ),
+        ("[container]\npull = true", "2:8: container.pull is true"),
+    ] {
+        let faults = faults_of(content);
+        assert_eq!(faults.len(), 1, "{content} {faults:?}");
+        assert!(faults[0].starts_with(begin), "{faults:?}");
+    }
+    for content in [
+        "mode = \"container\"\n[container]\nimage = \"debian:12\"\npull = true",
+        "mode = \"container\"\n[filesystem]\nroot = \"host\"",
+        "[capabilities]\nkeep = [\"CAP_CHOWN\"]",
+    ] {
+        assert_eq!(faults_of(content), [""; 0], "{content}");
+    }
+}
+
+#[test]
 fn a_wrong_mode_makes_no_further_faults() {
     let faults = faults_of("mode = \"dircet\"\n[identity]\nuser = \"alice\"\n");
     assert_eq!(faults.len(), 1, "{faults:?}");
@@ -164,8 +196,6 @@ fn surprising_policies_are_warned_about() {
         ("[limits]\noutput = \"unlimited\"", "2:10: limits.output is above"),
         ("[service.\"a/b\"]\nlimits = { output = \"5MiB\" }", "2:21: limits.output is above"),
         ("protocol = \"grpc\"", "1:12: protocol \"grpc\" isn't built yet"),
-        ("mode = \"container\"", "1:8: container mode isn't built yet"),
-        ("allow_modes = [\"container\"]", "1:16: container mode isn't built yet"),
         (
             "[artifacts]\ninterpreters = [\"/bin/sh\"]",
             "2:17: artifacts.interpreters has \"/bin/sh\"",

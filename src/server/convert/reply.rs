@@ -126,6 +126,7 @@ fn add_outcome(report: &mut wire::ExecutionReport, outcome: Outcome) {
     report.stdout_truncated = outcome.stdout_truncated;
     report.stderr_truncated = outcome.stderr_truncated;
     report.enforced = outcome.enforced.iter().map(ToString::to_string).collect();
+    report.enforced.extend(outcome.runtime.map(|name| format!("runtime:{name}")));
     report.denied_syscall = outcome.denied_syscall;
     report.refused_syscalls = outcome.refused_syscalls;
     report.start_time = Some(wire_time(outcome.started));

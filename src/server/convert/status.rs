@@ -153,7 +153,10 @@ fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
         Verdict::Failed | Verdict::Refused | Verdict::Completed => {
             let (reason, text) =
                 outcome.failure.clone().unwrap_or(("internal", "no outcome".to_owned()));
-            let code = if reason == "launcher_lost" { Code::Unavailable } else { Code::Internal };
+            let code = match reason {
+                "launcher_lost" | "docker_unavailable" => Code::Unavailable,
+                _ => Code::Internal,
+            };
             Summary::new(code, Verdict::Failed, reason, text)
         }
     }
@@ -313,6 +316,15 @@ fn not_launched(refusal: &Refusal) -> Summary {
         Refusal::Ending => {
             let text = "the launcher is ending; send the call again";
             Summary::new(Code::Unavailable, Verdict::Failed, "launcher_lost", text)
+        }
+        Refusal::DockerUnavailable { why } => {
+            Summary::refused(Code::Unavailable, "docker_unavailable", why)
+        }
+        Refusal::Docker { why } => {
+            Summary::refused(Code::FailedPrecondition, "docker_refused", why)
+        }
+        Refusal::Image { why } => {
+            Summary::refused(Code::FailedPrecondition, "image_unavailable", why)
         }
         Refusal::Step { step, index, errno } => {
             let error = std::io::Error::from_raw_os_error(*errno);

@@ -244,6 +244,7 @@ fn outcome(verdict: Verdict) -> Outcome {
         memory_peak: 7,
         pids_peak: 8,
         enforced: vec![Control::NsUser, Control::Landlock(5)],
+        runtime: Some("runsc".into()),
         denied_syscall: String::new(),
         refused_syscalls: Vec::new(),
         failure: None,
@@ -364,6 +365,8 @@ fn rows_of_calls_that_never_ran() {
     other_machine[18] = 40;
     let refused = |refusal| CallError::from(ExecuteError::Refused(refusal));
     let exec = |errno| refused(Refusal::Exec { errno });
+    let step = Refusal::Step { step: "mounts".into(), index: 1, errno: libc::EPERM };
+    let away = Refusal::DockerUnavailable { why: String::new() };
     let sha = digest.to_string();
     let by_digest: &[(&str, &str)] = &[("requested", &sha)];
     let retry: &[(&str, &str)] = &[("retry_after_ms", "2")];
@@ -544,12 +547,8 @@ fn rows_of_calls_that_never_ran() {
         (refused(Refusal::Ending), Unavailable, Verdict::Failed, "launcher_lost"),
         (refused(Refusal::StalePolicy), Internal, Verdict::Failed, "internal"),
         (refused(Refusal::Invalid { what: "x".into() }), Internal, Verdict::Failed, "internal"),
-        (
-            refused(Refusal::Step { step: "mounts".into(), index: 1, errno: libc::EPERM }),
-            Internal,
-            Verdict::Failed,
-            "internal",
-        ),
+        (refused(step), Internal, Verdict::Failed, "internal"),
+        (refused(away), Unavailable, Verdict::Refused, "docker_unavailable"),
         (exec(libc::EIO), InvalidArgument, Verdict::Refused, "not_executable"),
         (CallError::Internal("x".into()), Internal, Verdict::Failed, "internal"),
     ];
@@ -571,7 +570,7 @@ fn a_response_carries_output_and_report() {
     let report = response.report.unwrap();
     assert_eq!(report.verdict(), wire::Verdict::Exited);
     assert_eq!(report.mode(), wire::ExecutionMode::Jail);
-    assert_eq!(report.enforced, ["ns.user", "landlock.v5"]);
+    assert_eq!(report.enforced, ["ns.user", "landlock.v5", "runtime:runsc"]);
     assert_eq!(report.run_id, "00112233445566778899aabbccddeeff");
     assert_eq!(report.artifact_digest, Digest::of(b"x").to_string());
     assert_eq!(report.policy_set_digest, Digest::of(b"set").to_string());

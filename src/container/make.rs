@@ -1,0 +1,368 @@
+//! Making a container: all of it but the program, for which init in it waits.
+//!
+//! Whatever goes wrong on the way, what was made is removed: by [`Removal`], which the
+//! container has from before its creation on. Don't drop the future half-way: Docker may go
+//! on with what it was asked for, and make what was removed already.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::{io::unix::AsyncFd, sync::Semaphore};
+
+use super::{
+    engine::{Engine, EngineError, Streams},
+    image::ContainerRoot,
+    owner::Owner,
+    slot::Slot,
+    spec::{self, Making},
+    verify,
+};
+use crate::jail::{
+    blueprint::RootPlan,
+    cgroup::{Cgroup, CgroupLimits},
+    check::Checked,
+    message::{Launch, Refusal},
+    plan::{Control, Root, Template},
+    root::{self, Ownership, RootError},
+};
+
+/// Containers that are being made, or removed, at once: Docker does each in one go, and
+/// more at a time only makes all of them slow.
+const AT_ONCE: usize = 4;
+/// How long a call waits for an image that is being pulled: less than the server waits
+/// for a start.
+const PULL_WAIT: Duration = Duration::from_secs(25);
+/// How often removing a container is tried, and how long is waited in between: twice as
+/// long each time, up to the second.
+const REMOVALS_MAX: u32 = 50;
+const REMOVAL_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+
+/// What all containers are made with.
+#[derive(Debug)]
+pub struct Maker {
+    /// Docker.
+    pub engine: Engine,
+    owner: Owner,
+    /// For slots.
+    directory: PathBuf,
+    making: Semaphore,
+    removing: Semaphore,
+    /// One permit for each container there is: all are there when none is left.
+    existing: Arc<Semaphore>,
+}
+
+/// Most containers at once.
+const EXISTING_MAX: u32 = 1 << 16;
+
+/// A container whose init waits for a program.
+pub struct Container {
+    /// Docker's id.
+    pub id: String,
+    /// Readable when init is dead, and with it all of the pid namespace.
+    pub init: AsyncFd<OwnedFd>,
+    cgroup: Option<Mutex<Cgroup>>,
+    /// What is in force in it.
+    pub enforced: Vec<Control>,
+    /// Where the executable goes.
+    pub slot: Slot,
+    removal: Removal,
+}
+
+impl Container {
+    /// Who made it.
+    #[must_use]
+    pub fn maker(&self) -> &Maker {
+        &self.removal.maker
+    }
+
+    /// What it uses, for a moment; `None` where nothing can be seen of it.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<MutexGuard<'_, Cgroup>> {
+        Some(self.cgroup.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// SIGKILL for init, and by that for all.
+    pub fn kill(&self) {
+        // Gone already is as good.
+        let _ = pidfd_send_signal(self.init.as_fd(), Signal::KILL);
+    }
+
+    /// Waits until nothing of it runs any more. Cancel-safe.
+    pub async fn gone(&self) {
+        // An error would come at once, again and again; a pidfd has none.
+        let _ = self.init.readable().await;
+    }
+}
+
+impl Maker {
+    /// One for this Docker, with slots below `base`.
+    ///
+    /// # Errors
+    /// Those of preparing the directory.
+    pub fn new(engine: Engine, base: &Path) -> io::Result<Arc<Self>> {
+        let owner = Owner::own()?;
+        let directory = super::slot::prepare(base, &owner)?;
+        Ok(Arc::new(Self {
+            engine,
+            owner,
+            directory,
+            making: Semaphore::new(AT_ONCE),
+            removing: Semaphore::new(AT_ONCE),
+            existing: Arc::new(Semaphore::new(EXISTING_MAX as usize)),
+        }))
+    }
+
+    /// Makes a container for a launch and starts its init.
+    ///
+    /// # Errors
+    /// What Docker or this host can't give. Nothing stays behind.
+    pub async fn make(
+        self: &Arc<Self>,
+        template: &Template,
+        filter: &str,
+        launch: &Launch,
+        checked: &Checked,
+    ) -> Result<(Container, Streams), Refusal> {
+        let root = decide_root(template)?;
+        let root = ContainerRoot::of(root.pieces).map_err(|error| step("image", &error))?;
+        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
+        let image = self.image(template, &root).await?;
+        let name = format!("dispatcher-{}", launch.run);
+        let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
+        let host_name = format!("run-{}", launch.run);
+        let making = Making {
+            image: &image,
+            host_name: &host_name[..host_name.len().min(HOST_NAME_LEN)],
+            binds: &root.binds,
+            slot: slot.path(),
+            checked,
+            labels: self.owner.labels(launch),
+            filter,
+        };
+        // From before it exists: a create that is given up may have created it.
+        let removal = Removal::of(self, name.clone());
+        let id = self.engine.create(&name, spec::body(template, making)).await?;
+        let streams = self.engine.attach(&id).await?;
+        self.engine.start(&id).await?;
+        let state = self.engine.inspect(&id).await?.state.unwrap_or_default();
+        let pid = state.pid.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        let ended =
+            || EngineError::Refused(format!("the container ended at once: {:?}", state.error));
+        let pid = pid.ok_or_else(ended)?;
+        let pidfd =
+            pidfd_open(pid, PidfdFlags::empty()).map_err(|error| step("pidfd", &error.into()))?;
+        let init = AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
+            .map_err(|error| step("pidfd", &error))?;
+        let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
+        let cgroup = cgroup.map(Mutex::new);
+        Ok((Container { id, init, cgroup, enforced, slot, removal }, streams))
+    }
+
+    /// The image's name, once Docker has it.
+    async fn image(&self, template: &Template, root: &ContainerRoot) -> Result<String, Refusal> {
+        let wanted = &template.container;
+        if wanted.image.is_empty() {
+            self.engine.import(&root.image).await?;
+            return Ok(root.image.name.clone());
+        }
+        let found = match self.engine.image(&wanted.image).await {
+            Err(EngineError::Missing(_)) if wanted.pull => {
+                let pull = tokio::time::timeout(PULL_WAIT, self.engine.pull(&wanted.image)).await;
+                pull.map_err(|_| {
+                    image(&wanted.image, "is still being pulled; send the call again")
+                })?
+                .map_err(|error| image(&wanted.image, &format!("can't be pulled: {error}")))?;
+                self.engine.image(&wanted.image).await?
+            }
+            Err(EngineError::Missing(_)) => {
+                let help = "isn't there; `docker pull` it, or write [container] pull = true";
+                return Err(image(&wanted.image, help));
+            }
+            found => found?,
+        };
+        let config = found.config.unwrap_or_default();
+        if config.volumes.is_some_and(|volumes| !volumes.is_empty()) {
+            let why = "declares volumes, which would be writable and without a limit: make one without VOLUME";
+            return Err(image(&wanted.image, why));
+        }
+        Ok(wanted.image.clone())
+    }
+
+    /// Makes no more: those who wait for their turn are refused.
+    pub fn close(&self) {
+        self.making.close();
+    }
+
+    /// Removes what dispatchers left that are dead.
+    ///
+    /// # Errors
+    /// Where Docker can't be asked.
+    pub async fn sweep(&self) -> Result<(), EngineError> {
+        for (id, owner) in self.engine.labelled(super::owner::OWNER).await? {
+            if self.owner.sees_dead(&owner) {
+                tracing::info!(id, "removing a container that a dead dispatcher left");
+                self.engine.remove(&id).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns when no container is left, and nothing of ours on the disk.
+    pub async fn all_removed(&self) {
+        // Closed never.
+        let _ = self.existing.acquire_many(EXISTING_MAX).await;
+        if let Err(error) = std::fs::remove_dir(&self.directory) {
+            tracing::warn!(%error, "{} can't be removed", self.directory.display());
+        }
+    }
+}
+
+/// The length of `run-` and eight digits, as in a jail.
+const HOST_NAME_LEN: usize = 12;
+
+fn decide_root(template: &Template) -> Result<RootPlan, Refusal> {
+    let mut filesystem = template.filesystem.clone();
+    if !template.container.image.is_empty() {
+        filesystem.root = Root::Empty;
+    }
+    for bind in &filesystem.binds {
+        check_source(&bind.source)?;
+    }
+    let decided = root::decide(&filesystem, None, Ownership::Docker);
+    decided.map(|decided| decided.plan).map_err(|error| match error {
+        RootError::Path { .. } => {
+            Refusal::ControlUnavailable { control: Control::RootReadonly, why: error.to_string() }
+        }
+        RootError::System { what, error } => step(&what, &error),
+    })
+}
+
+/// No link on the way, which somebody else could have put there. Docker resolves the path
+/// once more: who may write to a directory above a bind decides what is shown.
+fn check_source(source: &Path) -> Result<(), Refusal> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let found = openat2(CWD, source, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS);
+    found.map(drop).map_err(|error| Refusal::ControlUnavailable {
+        control: Control::RootReadonly,
+        why: format!("{} can't be shown: {error}", source.display()),
+    })
+}
+
+/// What can be seen of a container from here, and whether it is all that is demanded.
+fn look(
+    template: &Template,
+    pid: Pid,
+    id: &str,
+    slot: &Slot,
+    checked: &Checked,
+) -> Result<(Option<Cgroup>, Vec<Control>), Refusal> {
+    let limits = CgroupLimits {
+        memory: checked.memory,
+        swap: template.limits.swap,
+        cpus: checked.cpus,
+        pids: template.limits.pids,
+    };
+    let failed = |error: io::Error| step("verify", &error);
+    let cgroup = match Cgroup::of_container(pid, id) {
+        Ok(cgroup) => cgroup,
+        // Another kernel's, or out of our sight.
+        Err(_) if !template.container.runtime.is_empty() => return Ok((None, Vec::new())),
+        Err(error) => return Err(failed(error)),
+    };
+    let found = verify::in_force(template, pid, &slot.init(), &cgroup, &limits).map_err(failed)?;
+    let in_force = match found {
+        Some(in_force) => in_force,
+        // What the named runtime gives is its own affair; the report names it.
+        None if !template.container.runtime.is_empty() => {
+            let in_force = cgroup.in_force(&limits);
+            return Ok((Some(cgroup), in_force));
+        }
+        None => {
+            let why = "the container's init isn't to be seen among this host's processes, so that \
+                       nothing of what Docker was asked for can be confirmed: run the dispatcher \
+                       in the host's pid namespace";
+            return Err(Refusal::ControlUnavailable { control: Control::NsPid, why: why.into() });
+        }
+    };
+    match verify::lacking(template, &in_force) {
+        None => Ok((Some(cgroup), in_force)),
+        Some(control) => Err(Refusal::ControlUnavailable {
+            control,
+            why: "Docker was asked for it, and it isn't in force in the container; \
+                  `docker info` tells what this Docker can't do"
+                .into(),
+        }),
+    }
+}
+
+fn image(name: &str, why: &str) -> Refusal {
+    Refusal::Image { why: format!("the image {name} {why}") }
+}
+
+fn step(step: &str, error: &io::Error) -> Refusal {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    Refusal::Step { step: format!("container.{step}"), index: 0, errno }
+}
+
+/// A container's end: dropping it has the container removed, by name, whatever state it
+/// is in.
+struct Removal {
+    maker: Arc<Maker>,
+    name: String,
+    existing: Option<tokio::sync::OwnedSemaphorePermit>,
+}
+
+impl Removal {
+    fn of(maker: &Arc<Maker>, name: String) -> Self {
+        // There are never so many.
+        let existing = Arc::clone(&maker.existing).try_acquire_owned().ok();
+        Self { maker: Arc::clone(maker), name, existing }
+    }
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        let (maker, name) = (Arc::clone(&self.maker), std::mem::take(&mut self.name));
+        let existing = self.existing.take();
+        tokio::spawn(async move {
+            remove(&maker, &name).await;
+            drop(existing);
+        });
+    }
+}
+
+/// Removes one, and tries again while Docker is away or busy with it. What it can't remove
+/// is swept when we, or our successor, start.
+async fn remove(maker: &Maker, name: &str) {
+    let (mut pause, longest) = REMOVAL_PAUSE;
+    for _ in 0..REMOVALS_MAX {
+        let turn = maker.removing.acquire().await;
+        let removed = maker.engine.remove(name).await;
+        drop(turn);
+        match removed {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(%error, name, "a container can't be removed yet"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = longest.min(pause * 2);
+    }
+    tracing::warn!(name, "a container can't be removed; the next start will sweep it");
+}
+
+/// A nonce that the program can't guess.
+///
+/// # Errors
+/// Those of getrandom(2).
+pub fn nonce() -> io::Result<[u8; super::protocol::NONCE_LEN]> {
+    let mut nonce = [0; super::protocol::NONCE_LEN];
+    // So few bytes come in one piece, getrandom(2).
+    rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
+    Ok(nonce)
+}
