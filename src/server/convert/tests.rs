@@ -366,7 +366,7 @@ fn rows_of_calls_that_never_ran() {
     let refused = |refusal| CallError::from(ExecuteError::Refused(refusal));
     let exec = |errno| refused(Refusal::Exec { errno });
     let step = Refusal::Step { step: "mounts".into(), index: 1, errno: libc::EPERM };
-    let away = Refusal::DockerUnavailable { why: String::new() };
+    let away = Refusal::DockerUnavailable { why: "x".into() };
     let sha = digest.to_string();
     let by_digest: &[(&str, &str)] = &[("requested", &sha)];
     let retry: &[(&str, &str)] = &[("retry_after_ms", "2")];
