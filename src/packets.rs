@@ -21,10 +21,7 @@ impl Packets {
     /// Those of ioctl(2) and of registering it.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        // SAFETY: an OwnedFd stays open and the same until the AsyncFd drops it.
-        let socket = unsafe { AsyncFd::register_with_interest(socket, interest)? };
-        Ok(Self(socket))
+        Ok(Self(register(socket, Interest::READABLE | Interest::WRITABLE)?))
     }
 
     /// The next packet's length and descriptors; `None` at the end. Cancel-safe.
@@ -52,4 +49,17 @@ impl Packets {
     pub fn try_send(&self, bytes: &[u8]) -> io::Result<()> {
         sys::send_packet(self.0.get_ref(), bytes, &[])
     }
+}
+
+/// Takes a descriptor up into the current runtime, to wait until it is readable.
+///
+/// # Errors
+/// Those of registering it.
+pub fn until_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    register(fd, Interest::READABLE)
+}
+
+fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd stays open and the same until the AsyncFd drops it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest)? })
 }

@@ -103,7 +103,8 @@ impl Files {
             header.set_size(0);
             match entry {
                 Entry::Directory => {
-                    header.set_mode(0o755);
+                    // What is mounted there has the mode of what was there: runc's doing.
+                    header.set_mode(if path == "tmp" { 0o1777 } else { 0o755 });
                     header.set_entry_type(tar::EntryType::Directory);
                     archive.append_data(&mut header, path, io::empty())?;
                 }
@@ -163,6 +164,9 @@ mod tests {
         let names: Vec<_> =
             entries(&made.image.archive).into_iter().map(|(path, ..)| path).collect();
         assert_eq!(names, ["dev", "etc", "proc", "run", "run/dispatcher", "sys", "tmp"]);
+        let mut archive = tar::Archive::new(&made.image.archive[..]);
+        let tmp = archive.entries().unwrap().last().unwrap().unwrap();
+        assert_eq!(tmp.header().mode().unwrap(), 0o1777);
         assert!(made.binds.is_empty());
         assert_eq!(made.image.name, of(Root::Empty, vec![]).image.name, "the same each time");
     }

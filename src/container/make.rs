@@ -23,13 +23,16 @@ use super::{
     spec::{self, Making},
     verify,
 };
-use crate::jail::{
-    blueprint::RootPlan,
-    cgroup::{Cgroup, CgroupLimits},
-    check::Checked,
-    message::{Launch, Refusal},
-    plan::{Control, Root, Template},
-    root::{self, Ownership, RootError},
+use crate::{
+    jail::{
+        blueprint::RootPlan,
+        cgroup::{Cgroup, CgroupLimits},
+        check::Checked,
+        message::{Launch, Refusal},
+        plan::{Control, Root, Template},
+        root::{self, Ownership, RootError},
+    },
+    packets,
 };
 
 /// Containers that are being made, or removed, at once: Docker does each in one go, and
@@ -131,8 +134,8 @@ impl Maker {
     ) -> Result<(Container, Streams), Refusal> {
         let root = decide_root(template)?;
         let root = ContainerRoot::of(root.pieces).map_err(|error| step("image", &error))?;
-        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
         let image = self.image(template, &root).await?;
+        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
         let name = format!("dispatcher-{}", launch.run);
         let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
         let host_name = format!("run-{}", launch.run);
@@ -157,15 +160,18 @@ impl Maker {
         let pid = pid.ok_or_else(ended)?;
         let pidfd =
             pidfd_open(pid, PidfdFlags::empty()).map_err(|error| step("pidfd", &error.into()))?;
-        let init = AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
-            .map_err(|error| step("pidfd", &error))?;
+        let init = packets::until_readable(pidfd).map_err(|error| step("pidfd", &error))?;
         let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
         let cgroup = cgroup.map(Mutex::new);
         Ok((Container { id, init, cgroup, enforced, slot, removal }, streams))
     }
 
     /// The image's name, once Docker has it.
-    async fn image(&self, template: &Template, root: &ContainerRoot) -> Result<String, Refusal> {
+    async fn image(
+        self: &Arc<Self>,
+        template: &Template,
+        root: &ContainerRoot,
+    ) -> Result<String, Refusal> {
         let wanted = &template.container;
         if wanted.image.is_empty() {
             self.engine.import(&root.image).await?;
@@ -173,11 +179,7 @@ impl Maker {
         }
         let found = match self.engine.image(&wanted.image).await {
             Err(EngineError::Missing(_)) if wanted.pull => {
-                let pull = tokio::time::timeout(PULL_WAIT, self.engine.pull(&wanted.image)).await;
-                pull.map_err(|_| {
-                    image(&wanted.image, "is still being pulled; send the call again")
-                })?
-                .map_err(|error| image(&wanted.image, &format!("can't be pulled: {error}")))?;
+                self.pull(&wanted.image).await?;
                 self.engine.image(&wanted.image).await?
             }
             Err(EngineError::Missing(_)) => {
@@ -192,6 +194,19 @@ impl Maker {
             return Err(image(&wanted.image, why));
         }
         Ok(wanted.image.clone())
+    }
+
+    /// Pulls an image, or has it pulled for a later call. (Docker pulls the same one once,
+    /// however many ask for it.)
+    async fn pull(self: &Arc<Self>, name: &str) -> Result<(), Refusal> {
+        let (maker, wanted) = (Arc::clone(self), name.to_owned());
+        let pulling = tokio::spawn(async move { maker.engine.pull(&wanted).await });
+        match tokio::time::timeout(PULL_WAIT, pulling).await {
+            Err(_) => Err(image(name, "is still being pulled; send the call again")),
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(image(name, &format!("can't be pulled: {error}"))),
+            Ok(Err(panic)) => Err(image(name, &format!("can't be pulled: {panic}"))),
+        }
     }
 
     /// Makes no more: those who wait for their turn are refused.
@@ -276,7 +291,14 @@ fn look(
         Err(_) if !template.container.runtime.is_empty() => return Ok((None, Vec::new())),
         Err(error) => return Err(failed(error)),
     };
-    let found = verify::in_force(template, pid, &slot.init(), &cgroup, &limits).map_err(failed)?;
+    let found = match verify::in_force(template, pid, &slot.init(), &cgroup, &limits) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let why = "only root can look into a container and confirm what Docker was asked for: \
+                       run the dispatcher as root, or write mode = \"jail\"";
+            return Err(Refusal::ControlUnavailable { control: Control::NsPid, why: why.into() });
+        }
+        found => found.map_err(failed)?,
+    };
     let in_force = match found {
         Some(in_force) => in_force,
         // What the named runtime gives is its own affair; the report names it.
@@ -292,6 +314,13 @@ fn look(
         }
     };
     match verify::lacking(template, &in_force) {
+        None if template.filesystem.tmp.is_some() && !verify::has_tmp(pid) => {
+            let name = &template.container.image;
+            Err(image(
+                name,
+                "has a /tmp that isn't writable by all: make it 1777, or write tmp = \"none\"",
+            ))
+        }
         None => Ok((Some(cgroup), in_force)),
         Some(control) => Err(Refusal::ControlUnavailable {
             control,
