@@ -30,6 +30,7 @@ use crate::{
         },
         plan::{Control, Template},
     },
+    names::RunId,
     packets::Packets,
     units::Limit,
 };
@@ -64,7 +65,7 @@ pub async fn run(
     maker: &Arc<Maker>,
     task: Task,
     mut stop: mpsc::Receiver<StopCause>,
-    server: &Packets,
+    server: &Arc<Packets>,
 ) -> FromLauncher {
     let run = task.launch.run;
     let making = {
@@ -91,7 +92,7 @@ pub async fn run(
     };
     let setup = begun.setup;
     say(server, &FromLauncher::Started { run, at: SystemTime::now(), setup }).await;
-    match begun.follow(&mut stop).await {
+    match begun.follow(&mut stop, server).await {
         Ok(end) => FromLauncher::Ended { run, end: Box::new(end) },
         Err(refusal) => FromLauncher::Refused { run, refusal },
     }
@@ -163,16 +164,22 @@ impl Begun {
     }
 
     /// Follows it to its end.
-    async fn follow(self, stop: &mut mpsc::Receiver<StopCause>) -> Result<End, Refusal> {
+    async fn follow(
+        self,
+        stop: &mut mpsc::Receiver<StopCause>,
+        server: &Arc<Packets>,
+    ) -> Result<End, Refusal> {
         let Self { container, streams, task, nonce, setup, started, stdout, stderr } = self;
         let mut output = Output::new(nonce, stdout, stderr);
+        let mut usage = None;
+        let wall;
         let over = {
             let (input, source) = (streams.input, &task.fds.stdin);
             let mut feeding = std::pin::pin!(feed(input, source));
             let mut fed = false;
             let mut reading = std::pin::pin!(output.read(streams.output));
             let mut timing = std::pin::pin!(overrun(&container, &task, started));
-            loop {
+            let over = loop {
                 tokio::select! {
                     () = &mut feeding, if !fed => fed = true,
                     record = &mut reading => match record {
@@ -195,18 +202,36 @@ impl Begun {
                         }
                     }
                 }
+            };
+            wall = started.elapsed();
+            if let Over::Stopped(cause) = over {
+                // Before: with its last process Docker removes the cgroups.
+                usage = Some(usage_of(&container));
+                container.kill();
+                // What it wrote before is its caller's, if there is one.
+                if cause != StopCause::Cancelled {
+                    let _ = timeout(OUTPUT_WAIT, &mut reading).await;
+                }
             }
+            over
         };
-        let wall = started.elapsed();
-        let closing = Closing { container, task, setup, wall };
+        let run = task.launch.run;
+        let closing = Closing { container, task, setup, wall, usage };
         match over {
             Over::Told(Record { verdict: Verdict::NotStarted(errno), .. }) => {
                 Err(Refusal::Exec { errno: errno.cast_signed() })
             }
             Over::Told(record) => Ok(closing.told(record)),
-            Over::Stopped(cause) => Ok(closing.stopped(cause).await),
             Over::Died => Ok(closing.died().await),
-            Over::Parted => Ok(closing.parted().await),
+            Over::Stopped(cause) => {
+                let end = End { stopped: Some(cause), ..closing.end() };
+                Ok(closing.killed(end, run, server).await)
+            }
+            Over::Parted => {
+                let why = "Docker closed its connection to the container".to_owned();
+                let end = End { lost: Some(why), ..closing.end() };
+                Ok(closing.killed(end, run, server).await)
+            }
         }
     }
 }
@@ -217,6 +242,8 @@ struct Closing {
     task: Task,
     setup: Duration,
     wall: Duration,
+    /// From before it was killed.
+    usage: Option<Usage>,
 }
 
 impl Closing {
@@ -232,14 +259,6 @@ impl Closing {
         End { status, oom, denied_syscall, ..self.end() }
     }
 
-    /// It is ended for this cause.
-    async fn stopped(self, cause: StopCause) -> End {
-        // Before: with its last process Docker removes the cgroup.
-        let end = End { stopped: Some(cause), ..self.end() };
-        let quarantined = !self.kill().await;
-        End { quarantined, ..end }
-    }
-
     /// Somebody else killed init: the kernel for want of memory, or a person.
     async fn died(self) -> End {
         let maker = self.container.maker();
@@ -253,22 +272,25 @@ impl Closing {
         }
     }
 
-    async fn parted(self) -> End {
-        let why = "Docker closed its connection to the container".to_owned();
-        let end = End { lost: Some(why), ..self.end() };
-        let quarantined = !self.kill().await;
-        End { quarantined, ..end }
-    }
-
-    /// Whether nothing of it runs any more.
-    async fn kill(&self) -> bool {
-        self.container.kill();
-        timeout(TEARDOWN_GRACE, self.container.gone()).await.is_ok()
+    /// We end it. What can't be killed is waited for beside, and counts until it is gone.
+    async fn killed(self, end: End, run: RunId, server: &Arc<Packets>) -> End {
+        let container = self.container;
+        container.kill();
+        if timeout(TEARDOWN_GRACE, container.gone()).await.is_ok() {
+            return end;
+        }
+        let server = Arc::clone(server);
+        tokio::spawn(async move {
+            container.gone().await;
+            drop(container);
+            say(&server, &FromLauncher::Released { run }).await;
+        });
+        End { quarantined: true, ..end }
     }
 
     /// What is known of it however it ended.
     fn end(&self) -> End {
-        let usage = self.container.cgroup().map_or(Usage::default(), |cgroup| cgroup.usage());
+        let usage = self.usage.unwrap_or_else(|| usage_of(&self.container));
         let mut enforced = self.container.enforced.clone();
         enforced.extend(self.task.checked.timeout.map(|_| Control::Timeout));
         End {
@@ -290,6 +312,10 @@ impl Closing {
             quarantined: false,
         }
     }
+}
+
+fn usage_of(container: &Container) -> Usage {
+    container.cgroup().map_or(Usage::default(), |cgroup| cgroup.usage())
 }
 
 /// Returns when the run has used up its time: wall clock or CPU. Cancel-safe.
