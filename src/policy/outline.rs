@@ -25,10 +25,11 @@ pub fn steps(policy: &Policy) -> Vec<String> {
     }
     steps.push(run(policy));
     steps.push(watch(policy));
-    steps.push(
-        "when its first process ends: kill what is left, see the cgroup empty, read usage from it"
-            .to_owned(),
-    );
+    let end = match policy.mode {
+        Mode::Container => "read usage while init is the last in it, remove the container",
+        _ => "see the cgroup empty, read usage from it",
+    };
+    steps.push(format!("when its first process ends: kill what is left, {end}"));
     steps.push(reply(policy));
     steps
 }
@@ -206,8 +207,12 @@ fn run(policy: &Policy) -> String {
     let mut names: Vec<&str> = policy.environment.keys().map(String::as_str).collect();
     names.push("DISPATCHER_*");
     names.push("GRPC_INPUT_DATA");
+    let how = match policy.mode {
+        Mode::Container => "by init, of a copy that it sees read-only",
+        _ => "execveat of the sealed executable",
+    };
     format!(
-        "run: execveat of the sealed executable; stdin is the input, at most {}; environment {}",
+        "run: {how}; stdin is the input, at most {}; environment {}",
         size(&policy.limits.input),
         names.join(", ")
     )
