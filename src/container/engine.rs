@@ -9,7 +9,7 @@ use bollard::{
     models::{ContainerCreateBody, ContainerInspectResponse, ImageInspect},
     query_parameters::{
         AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
-        ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
+        ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
     },
 };
 use tokio::sync::Mutex;
@@ -169,6 +169,18 @@ impl Engine {
     pub async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, EngineError> {
         match self.docker().await?.inspect_container(id, None).await {
             Ok(found) => Ok(found),
+            Err(error) => Err(self.told(error).await),
+        }
+    }
+
+    /// Gives it another name.
+    ///
+    /// # Errors
+    /// As said.
+    pub async fn rename(&self, id: &str, name: &str) -> Result<(), EngineError> {
+        let options = RenameContainerOptionsBuilder::default().name(name).build();
+        match self.docker().await?.rename_container(id, options).await {
+            Ok(()) => Ok(()),
             Err(error) => Err(self.told(error).await),
         }
     }

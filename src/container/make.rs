@@ -32,6 +32,7 @@ use crate::{
         plan::{Control, Root, Template},
         root::{self, Ownership, RootError},
     },
+    names::RunId,
     packets,
 };
 
@@ -96,6 +97,14 @@ impl Container {
         let _ = pidfd_send_signal(self.init.as_fd(), Signal::KILL);
     }
 
+    /// Whether init is there and waits.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.init, PollFlags::IN)], Some(&at_once)) == Ok(0)
+    }
+
     /// Waits until nothing of it runs any more. Cancel-safe.
     pub async fn gone(&self) {
         // An error would come at once, again and again; a pidfd has none.
@@ -121,7 +130,8 @@ impl Maker {
         }))
     }
 
-    /// Makes a container for a launch and starts its init.
+    /// Makes a container for a launch and starts its init; `run`: its id, or nothing for a
+    /// launch to come that is like this one.
     ///
     /// # Errors
     /// What Docker or this host can't give. Nothing stays behind.
@@ -130,27 +140,34 @@ impl Maker {
         template: &Template,
         filter: &str,
         launch: &Launch,
+        run: Option<RunId>,
         checked: &Checked,
     ) -> Result<(Container, Streams), Refusal> {
         let root = decide_root(template)?;
         let root = ContainerRoot::of(root.pieces).map_err(|error| step("image", &error))?;
         let image = self.image(template, &root).await?;
         let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
-        let name = format!("dispatcher-{}", launch.run);
+        let random = || RunId::random().map_err(|error| step("name", &error));
+        // The host name is random in any case: it isn't the run's to know its id.
+        let host_name = format!("run-{}", random()?);
+        let name = match run {
+            Some(run) => name_of(run),
+            None => format!("dispatcher-ahead-{}", random()?),
+        };
         let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
-        let host_name = format!("run-{}", launch.run);
         let making = Making {
             image: &image,
             host_name: &host_name[..host_name.len().min(HOST_NAME_LEN)],
             binds: &root.binds,
             slot: slot.path(),
             checked,
-            labels: self.owner.labels(launch),
+            labels: self.owner.labels(launch, run),
             filter,
         };
         // From before it exists: a create that is given up may have created it.
-        let removal = Removal::of(self, name.clone());
+        let mut removal = Removal::of(self, name.clone());
         let id = self.engine.create(&name, spec::body(template, making)).await?;
+        removal.name.clone_from(&id);
         let streams = self.engine.attach(&id).await?;
         self.engine.start(&id).await?;
         let state = self.engine.inspect(&id).await?.state.unwrap_or_default();
@@ -161,6 +178,11 @@ impl Maker {
         let pidfd =
             pidfd_open(pid, PidfdFlags::empty()).map_err(|error| step("pidfd", &error.into()))?;
         let init = packets::until_readable(pidfd).map_err(|error| step("pidfd", &error))?;
+        // Whose number it still is: a stranger's must never be killed in its place.
+        let still = self.engine.inspect(&id).await?.state.and_then(|state| state.pid);
+        if still != state.pid {
+            return Err(ended().into());
+        }
         let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
         let cgroup = cgroup.map(Mutex::new);
         Ok((Container { id, init, cgroup, enforced, slot, removal }, streams))
@@ -236,6 +258,12 @@ impl Maker {
             tracing::warn!(%error, "{} can't be removed", self.directory.display());
         }
     }
+}
+
+/// A container's name, for people who look for a run's.
+#[must_use]
+pub fn name_of(run: RunId) -> String {
+    format!("dispatcher-{run}")
 }
 
 /// The length of `run-` and eight digits, as in a jail.
@@ -340,10 +368,10 @@ fn step(step: &str, error: &io::Error) -> Refusal {
     Refusal::Step { step: format!("container.{step}"), index: 0, errno }
 }
 
-/// A container's end: dropping it has the container removed, by name, whatever state it
-/// is in.
+/// A container's end: dropping it has the container removed, whatever state it is in.
 struct Removal {
     maker: Arc<Maker>,
+    /// Its name, or its id once that is known.
     name: String,
     existing: Option<tokio::sync::OwnedSemaphorePermit>,
 }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `process`, `message` | the process, and what monitor and server say to it |
 //! | `run` | one run, from its launch to its end |
+//! | `ahead` | containers that wait for the next calls |
 //! | `make` | a container in which init waits, and its certain removal |
 //! | `spec`, `image` | a policy in Docker's words; a root as an image |
 //! | `slot` | what a container sees of ours |
@@ -15,6 +16,7 @@
 //! A container is like a jail: its init waits until the call is there, says how the program
 //! ended by the kernel's word, and is the last in it while usage is read.
 
+pub mod ahead;
 pub mod engine;
 pub mod image;
 pub mod make;

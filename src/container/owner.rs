@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs, io, os::unix::fs::MetadataExt as _};
 
-use crate::jail::message::Launch;
+use crate::{jail::message::Launch, names::RunId};
 
 /// The process that made it and removes it.
 pub const OWNER: &str = "dispatcher.owner";
@@ -79,17 +79,17 @@ impl Owner {
         other.namespace == self.namespace && started(other.pid) != Some(other.started)
     }
 
-    /// The labels of a container for this launch.
+    /// The labels of a container for this launch; without a run, where that isn't known
+    /// yet.
     #[must_use]
-    pub fn labels(&self, launch: &Launch) -> HashMap<String, String> {
-        [
+    pub fn labels(&self, launch: &Launch, run: Option<RunId>) -> HashMap<String, String> {
+        let run = run.map(|run| (RUN, run.to_string()));
+        let labels = [
             (OWNER, self.label()),
             (NAMESPACE, launch.namespace.clone()),
-            (RUN, launch.run.to_string()),
             (POLICY, launch.template.policy.clone()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        ];
+        labels.into_iter().chain(run).map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 

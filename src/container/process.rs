@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::{
+    ahead::Ahead,
     engine::Engine,
     make::Maker,
     message::{ContainerConfig, FromMonitor},
@@ -52,6 +53,8 @@ const SET_MAX: u64 = 256 << 20;
 const FAREWELL: Duration = Duration::from_secs(8);
 /// How long after a failed sweep the next one comes: twice as long each time.
 const SWEEP_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How often containers that wait for calls are looked through.
+const REVIEW: Duration = Duration::from_secs(60);
 /// Words of the server's about one run that may wait.
 const STOPS: usize = 4;
 
@@ -102,6 +105,7 @@ async fn work(monitor: OwnedFd) -> io::Result<bool> {
     };
     let office = Arc::new(Office::open(config)?);
     let sweeping = tokio::spawn(sweep(Arc::clone(&office.maker)));
+    let reviewing = tokio::spawn(review(Arc::clone(&office.ahead)));
     let mut serving: Option<tokio::task::JoinHandle<()>> = None;
     while let Some((message, descriptors)) = hear(&monitor, &mut buffer).await? {
         match (message, descriptors.into_iter().next()) {
@@ -120,6 +124,8 @@ async fn work(monitor: OwnedFd) -> io::Result<bool> {
     }
     office.maker.close();
     sweeping.abort();
+    reviewing.abort();
+    office.ahead.review(|_| false);
     if let Some(serving) = serving {
         serving.abort();
     }
@@ -150,7 +156,17 @@ async fn sweep(maker: Arc<Maker>) {
     }
 }
 
+/// Lets go of what waits for calls that don't come any more.
+async fn review(ahead: Arc<Ahead>) {
+    let mut ticks = tokio::time::interval(REVIEW);
+    loop {
+        ticks.tick().await;
+        ahead.review(|_| true);
+    }
+}
+
 /// A policy that may run in containers.
+#[derive(Clone)]
 struct Prepared {
     template: Arc<Template>,
     filter: Arc<str>,
@@ -164,6 +180,7 @@ struct LoadedSet {
 /// What all tasks share.
 struct Office {
     maker: Arc<Maker>,
+    ahead: Arc<Ahead>,
     sets: Mutex<VecDeque<LoadedSet>>,
     runs: Mutex<HashMap<RunId, mpsc::Sender<StopCause>>>,
     server: Mutex<Option<Arc<Packets>>>,
@@ -172,7 +189,13 @@ struct Office {
 impl Office {
     fn open(config: ContainerConfig) -> io::Result<Self> {
         let maker = Maker::new(Engine::new(config.socket), &config.directory)?;
-        Ok(Self { maker, sets: Mutex::default(), runs: Mutex::default(), server: Mutex::default() })
+        Ok(Self {
+            maker,
+            ahead: Arc::default(),
+            sets: Mutex::default(),
+            runs: Mutex::default(),
+            server: Mutex::default(),
+        })
     }
 
     fn load(&self, memory: OwnedFd) -> io::Result<()> {
@@ -182,12 +205,27 @@ impl Office {
             if !template.modes.contains(&Mode::Container) {
                 continue;
             }
-            // The compiler of policies has tried that.
-            let filter = spec::filter(&template).map_err(io::Error::other)?.into();
             let id = template.id.clone();
-            templates.insert(id, Prepared { template: Arc::new(template), filter });
+            let same = lock(&self.sets)
+                .front()
+                .and_then(|set| set.templates.get(&id))
+                .filter(|before| *before.template == template)
+                .cloned();
+            let prepared = match same {
+                // With the containers that wait for its calls.
+                Some(before) => before,
+                None => {
+                    // The compiler of policies has tried that.
+                    let filter = spec::filter(&template).map_err(io::Error::other)?.into();
+                    Prepared { template: Arc::new(template), filter }
+                }
+            };
+            templates.insert(id, prepared);
         }
         let digest = set.digest;
+        self.ahead.review(|kept| {
+            templates.values().any(|prepared| Arc::ptr_eq(&prepared.template, kept))
+        });
         {
             let mut sets = lock(&self.sets);
             sets.retain(|set| set.digest != digest);
@@ -293,7 +331,7 @@ async fn begin(
     };
     let (office, socket) = (Arc::clone(office), Arc::clone(socket));
     tokio::spawn(async move {
-        let last = run::run(&office.maker, task, stopped, &socket).await;
+        let last = run::run(&office.maker, &office.ahead, task, stopped, &socket).await;
         lock(&office.runs).remove(&run);
         say(&socket, &last).await;
     });

@@ -16,6 +16,7 @@ use tokio::{
 use tokio_stream::StreamExt as _;
 
 use super::{
+    ahead::Ahead,
     engine::Streams,
     make::{self, Container, Maker},
     marks::Marked,
@@ -63,24 +64,15 @@ pub struct Task {
 /// Runs it; `server` gets word of the start, and what is returned is the last word.
 pub async fn run(
     maker: &Arc<Maker>,
+    ahead: &Arc<Ahead>,
     task: Task,
     mut stop: mpsc::Receiver<StopCause>,
     server: &Arc<Packets>,
 ) -> FromLauncher {
     let run = task.launch.run;
-    let making = {
-        let maker = Arc::clone(maker);
-        let (launch, checked) = (task.launch.clone(), task.checked.clone());
-        let (template, filter) = (Arc::clone(&task.template), Arc::clone(&task.filter));
-        // To its end in any case: see `make`.
-        tokio::spawn(async move { maker.make(&template, &filter, &launch, &checked).await })
-    };
-    let made = tokio::select! {
-        made = making => made.unwrap_or_else(|panic| {
-            let why = format!("making the container failed: {panic}");
-            Err(Refusal::Docker { why })
-        }),
-        _ = stop.recv() => Err(Refusal::Ending),
+    let made = match ahead.take(maker, &task).await {
+        Some(waited) => Ok(waited),
+        None => make_now(maker, &task, &mut stop).await,
     };
     let begun = match made {
         Ok((container, streams)) => Begun::begin(container, streams, task).await,
@@ -95,6 +87,28 @@ pub async fn run(
     match begun.follow(&mut stop, server).await {
         Ok(end) => FromLauncher::Ended { run, end: Box::new(end) },
         Err(refusal) => FromLauncher::Refused { run, refusal },
+    }
+}
+
+/// A container for this call, unless it is stopped before.
+async fn make_now(
+    maker: &Arc<Maker>,
+    task: &Task,
+    stop: &mut mpsc::Receiver<StopCause>,
+) -> Result<(Container, Streams), Refusal> {
+    let maker = Arc::clone(maker);
+    let (launch, checked) = (task.launch.clone(), task.checked.clone());
+    let (template, filter) = (Arc::clone(&task.template), Arc::clone(&task.filter));
+    // To its end in any case: see `make`.
+    let making = tokio::spawn(async move {
+        maker.make(&template, &filter, &launch, Some(launch.run), &checked).await
+    });
+    tokio::select! {
+        made = making => made.unwrap_or_else(|panic| {
+            let why = format!("making the container failed: {panic}");
+            Err(Refusal::Docker { why })
+        }),
+        _ = stop.recv() => Err(Refusal::Ending),
     }
 }
 

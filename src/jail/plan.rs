@@ -71,6 +71,8 @@ pub struct Container {
     pub image: String,
     /// Whether an image that Docker doesn't hold is pulled.
     pub pull: bool,
+    /// Containers of each namespace that wait for its next calls.
+    pub ahead: u32,
     /// OCI runtime; empty: Docker's default.
     pub runtime: String,
 }

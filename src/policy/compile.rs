@@ -212,6 +212,7 @@ fn build(id: TemplateId, holds: &Resolved, syscalls: SyscallPolicy) -> Policy {
         container: Container {
             image: holds.container.image.value.clone(),
             pull: holds.container.pull.value,
+            ahead: holds.container.ahead.value,
             runtime: holds.container.runtime.value.clone(),
         },
         instances: Instances {

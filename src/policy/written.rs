@@ -167,6 +167,8 @@ tables! {
         image: ImageName,
         /// Whether an image that Docker doesn't hold is pulled from its registry.
         pull: Flag,
+        /// Containers of each namespace that wait for its next calls.
+        ahead: Count<u32, 0, 64>,
         /// OCI runtime, such as "runsc"; empty for Docker's default.
         runtime: RuntimeName,
     }
