@@ -56,21 +56,21 @@ struct Waiting {
 
 impl Ahead {
     /// One that waits for such a call, if there is one; others are made meanwhile.
-    pub async fn take(
-        self: &Arc<Self>,
-        maker: &Arc<Maker>,
-        task: &Task,
-    ) -> Option<(Container, Streams)> {
+    pub fn take(self: &Arc<Self>, maker: &Arc<Maker>, task: &Task) -> Option<(Container, Streams)> {
         if task.template.container.ahead == 0 {
             return None;
         }
         let found = self.find(task);
         self.fill(maker, task);
         let (container, streams) = found?;
-        // Only people go by it.
-        if let Err(error) = maker.engine.rename(&container.id, &name_of(task.launch.run)).await {
-            tracing::debug!(%error, "a container keeps its name");
-        }
+        let (maker, id) = (Arc::clone(maker), container.id.clone());
+        let name = name_of(task.launch.run);
+        // Beside: only people go by it, and Docker writes it to its disk.
+        tokio::spawn(async move {
+            if let Err(error) = maker.engine.rename(&id, &name).await {
+                tracing::debug!(%error, "a container keeps its name");
+            }
+        });
         Some((container, streams))
     }
 

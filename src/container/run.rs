@@ -70,7 +70,7 @@ pub async fn run(
     server: &Arc<Packets>,
 ) -> FromLauncher {
     let run = task.launch.run;
-    let made = match ahead.take(maker, &task).await {
+    let made = match ahead.take(maker, &task) {
         Some(waited) => Ok(waited),
         None => make_now(maker, &task, &mut stop).await,
     };
