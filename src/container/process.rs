@@ -10,7 +10,7 @@ use std::{
     io::{self, Read as _, Seek as _},
     os::fd::OwnedFd,
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -169,7 +169,20 @@ async fn review(ahead: Arc<Ahead>) {
 #[derive(Clone)]
 struct Prepared {
     template: Arc<Template>,
-    filter: Arc<str>,
+    /// Made for its first call: with many policies it would keep all calls waiting.
+    filter: Arc<OnceLock<Arc<str>>>,
+}
+
+impl Prepared {
+    fn filter(&self) -> Result<Arc<str>, Refusal> {
+        if let Some(made) = self.filter.get() {
+            return Ok(Arc::clone(made));
+        }
+        // The compiler of policies has tried that.
+        let made = spec::filter(&self.template)
+            .map_err(|error| Refusal::Invalid { what: error.to_string() })?;
+        Ok(Arc::clone(self.filter.get_or_init(|| made.into())))
+    }
 }
 
 struct LoadedSet {
@@ -211,15 +224,11 @@ impl Office {
                 .and_then(|set| set.templates.get(&id))
                 .filter(|before| *before.template == template)
                 .cloned();
-            let prepared = match same {
-                // With the containers that wait for its calls.
-                Some(before) => before,
-                None => {
-                    // The compiler of policies has tried that.
-                    let filter = spec::filter(&template).map_err(io::Error::other)?.into();
-                    Prepared { template: Arc::new(template), filter }
-                }
-            };
+            // With the containers that wait for its calls.
+            let prepared = same.unwrap_or_else(|| Prepared {
+                template: Arc::new(template),
+                filter: Arc::default(),
+            });
             templates.insert(id, prepared);
         }
         let digest = set.digest;
@@ -267,8 +276,9 @@ impl Office {
             let set = sets.iter().find(|set| set.digest == launch.policy_set);
             let templates = &set.ok_or(Refusal::StalePolicy)?.templates;
             let prepared = templates.get(&launch.template);
-            let prepared = prepared.ok_or_else(|| invalid("no such template"))?;
-            (Arc::clone(&prepared.template), Arc::clone(&prepared.filter))
+            let prepared = prepared.ok_or_else(|| invalid("no such template"))?.clone();
+            drop(sets);
+            (Arc::clone(&prepared.template), prepared.filter()?)
         };
         let checked = check::check(&launch, &fds, &template, &[Mode::Container])
             .map_err(|what| Refusal::Invalid { what })?;
