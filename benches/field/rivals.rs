@@ -111,6 +111,7 @@ fn our_filter() -> Outcome<Vec<u8>> {
         network: Network::None,
         refuse_exec_memfd: false,
         refuse_set_id: false,
+        spare_init: false,
         exec_fd: -1,
         control_fd: -1,
         notify: false,

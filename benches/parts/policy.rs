@@ -37,6 +37,7 @@ pub fn filter(criterion: &mut Criterion) {
         network: Network::None,
         refuse_exec_memfd: false,
         refuse_set_id: false,
+        spare_init: false,
         exec_fd: 256,
         control_fd: 257,
         notify: true,

@@ -36,6 +36,13 @@ use crate::{
     packets,
 };
 
+/// How often what was killed is killed again: some may have been forked meanwhile.
+const KILL_AGAIN: Duration = Duration::from_millis(50);
+/// How long a container that was started may take to come to its init: with a small share
+/// of a processor that is long.
+const INIT_WAIT: Duration = Duration::from_secs(10);
+/// The same under a runtime that may have a kernel of its own, where init is never seen.
+const INIT_WAIT_IN_VAIN: Duration = Duration::from_millis(500);
 /// Containers that are being made, or removed, at once: Docker does each in one go, and
 /// more at a time only makes all of them slow.
 const AT_ONCE: usize = 4;
@@ -91,10 +98,26 @@ impl Container {
         Some(self.cgroup.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// SIGKILL for init, and by that for all.
+    /// SIGKILL for init, by which all should die, and for all the others as well: an init
+    /// that doesn't come to run can't die either.
     pub fn kill(&self) {
         // Gone already is as good.
         let _ = pidfd_send_signal(self.init.as_fd(), Signal::KILL);
+        if let Some(cgroup) = self.cgroup() {
+            cgroup.kill_everyone();
+        }
+    }
+
+    /// Kills until nothing runs any more, for so long. Whether that is so.
+    pub async fn killed_within(&self, patience: Duration) -> bool {
+        let deadline = tokio::time::Instant::now() + patience;
+        while tokio::time::Instant::now() < deadline {
+            self.kill();
+            if tokio::time::timeout(KILL_AGAIN, self.gone()).await.is_ok() {
+                return true;
+            }
+        }
+        false
     }
 
     /// Whether init is there and waits.
@@ -183,6 +206,7 @@ impl Maker {
         if still != state.pid {
             return Err(ended().into());
         }
+        await_init(pid, &slot.init(), template).await;
         let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
         let cgroup = cgroup.map(Mutex::new);
         Ok((Container { id, init, cgroup, enforced, slot, removal }, streams))
@@ -244,8 +268,19 @@ impl Maker {
         for (id, owner) in self.engine.labelled(super::owner::OWNER).await? {
             if self.owner.sees_dead(&owner) {
                 tracing::info!(id, "removing a container that a dead dispatcher left");
+                self.kill_left(&id).await?;
                 self.engine.remove(&id).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Kills everyone in a container that isn't ours.
+    async fn kill_left(&self, id: &str) -> Result<(), EngineError> {
+        let state = self.engine.inspect(id).await?.state.unwrap_or_default();
+        let pid = state.pid.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        if let Some(cgroup) = pid.and_then(|pid| Cgroup::of_container(pid, id).ok()) {
+            cgroup.kill_everyone();
         }
         Ok(())
     }
@@ -296,6 +331,19 @@ fn check_source(source: &Path) -> Result<(), Refusal> {
         control: Control::RootReadonly,
         why: format!("{} can't be shown: {error}", source.display()),
     })
+}
+
+/// Docker says that a container was started a moment before it executes its entrypoint.
+/// Returns when it has, or when that took too long: then it isn't to be seen from here.
+async fn await_init(pid: Pid, init: &Path, template: &Template) {
+    let named = !template.container.runtime.is_empty();
+    let patience = if named { INIT_WAIT_IN_VAIN } else { INIT_WAIT };
+    let deadline = tokio::time::Instant::now() + patience;
+    let mut pause = Duration::from_millis(1);
+    while !verify::is_init(pid, init) && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
 }
 
 /// What can be seen of a container from here, and whether it is all that is demanded.

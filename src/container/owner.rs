@@ -99,7 +99,11 @@ fn started(pid: u32) -> Option<u64> {
     // The name before it may hold anything, parentheses included. It is field 22; the
     // first after the name is field 3.
     let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(22 - 3)?.parse().ok()
+    let mut fields = fields.split_whitespace();
+    // One that nobody reaps runs no more.
+    let state = fields.next()?;
+    (state != "Z" && state != "X").then_some(())?;
+    fields.nth(22 - 4)?.parse().ok()
 }
 
 #[cfg(test)]

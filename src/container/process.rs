@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
 use super::{
@@ -107,7 +107,12 @@ async fn work(monitor: OwnedFd) -> io::Result<bool> {
     let sweeping = tokio::spawn(sweep(Arc::clone(&office.maker)));
     let reviewing = tokio::spawn(review(Arc::clone(&office.ahead)));
     let mut serving: Option<tokio::task::JoinHandle<()>> = None;
-    while let Some((message, descriptors)) = hear(&monitor, &mut buffer).await? {
+    loop {
+        let heard = tokio::select! {
+            heard = hear(&monitor, &mut buffer) => heard?,
+            () = office.unwanted() => None,
+        };
+        let Some((message, descriptors)) = heard else { break };
         match (message, descriptors.into_iter().next()) {
             (FromMonitor::Policies, Some(memory)) => office.load(memory)?,
             (FromMonitor::Server, Some(socket)) => {
@@ -196,6 +201,8 @@ struct Office {
     ahead: Arc<Ahead>,
     sets: Mutex<VecDeque<LoadedSet>>,
     runs: Mutex<HashMap<RunId, mpsc::Sender<StopCause>>>,
+    /// Whether a policy in force uses container mode, and how many runs there are.
+    use_of_us: watch::Sender<(bool, usize)>,
     server: Mutex<Option<Arc<Packets>>>,
 }
 
@@ -207,6 +214,7 @@ impl Office {
             ahead: Arc::default(),
             sets: Mutex::default(),
             runs: Mutex::default(),
+            use_of_us: watch::Sender::new((true, 0)),
             server: Mutex::default(),
         })
     }
@@ -231,6 +239,7 @@ impl Office {
             });
             templates.insert(id, prepared);
         }
+        self.use_of_us.send_modify(|(wanted, _)| *wanted = set.containers);
         let digest = set.digest;
         self.ahead.review(|kept| {
             templates.values().any(|prepared| Arc::ptr_eq(&prepared.template, kept))
@@ -247,6 +256,19 @@ impl Office {
             });
         }
         Ok(())
+    }
+
+    /// Returns when no policy uses container mode any more and the last run is over.
+    /// Cancel-safe.
+    async fn unwanted(&self) {
+        let mut use_of_us = self.use_of_us.subscribe();
+        // The sender lives as long as we do.
+        let _ = use_of_us.wait_for(|(wanted, runs)| !wanted && *runs == 0).await;
+    }
+
+    fn count_runs(&self) {
+        let runs = lock(&self.runs).len();
+        self.use_of_us.send_modify(|(_, there)| *there = runs);
     }
 
     async fn take_server(&self, socket: &Arc<Packets>) {
@@ -339,11 +361,13 @@ async fn begin(
         Ok(begun) => begun,
         Err(refusal) => return say(socket, &FromLauncher::Refused { run, refusal }).await,
     };
+    office.count_runs();
     let (office, socket) = (Arc::clone(office), Arc::clone(socket));
     tokio::spawn(async move {
         let last = run::run(&office.maker, &office.ahead, task, stopped, &socket).await;
         lock(&office.runs).remove(&run);
         say(&socket, &last).await;
+        office.count_runs();
     });
 }
 

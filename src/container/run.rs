@@ -289,13 +289,12 @@ impl Closing {
     /// We end it. What can't be killed is waited for beside, and counts until it is gone.
     async fn killed(self, end: End, run: RunId, server: &Arc<Packets>) -> End {
         let container = self.container;
-        container.kill();
-        if timeout(TEARDOWN_GRACE, container.gone()).await.is_ok() {
+        if container.killed_within(TEARDOWN_GRACE).await {
             return end;
         }
         let server = Arc::clone(server);
         tokio::spawn(async move {
-            container.gone().await;
+            while !container.killed_within(TEARDOWN_GRACE).await {}
             drop(container);
             say(&server, &FromLauncher::Released { run }).await;
         });

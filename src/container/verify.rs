@@ -55,6 +55,13 @@ pub fn in_force(
     Ok(Some(controls))
 }
 
+/// Whether `pid` executes `init`; not, where that can't be told.
+#[must_use]
+pub fn is_init(pid: Pid, init: &Path) -> bool {
+    let running = fs::metadata(format!("/proc/{}/exe", pid.as_raw_nonzero()));
+    matches!((running, fs::metadata(init)), (Ok(one), Ok(other)) if is_same_file(&one, &other))
+}
+
 /// Whether the program can write to /tmp.
 #[must_use]
 pub fn has_tmp(pid: Pid) -> bool {

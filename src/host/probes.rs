@@ -215,6 +215,7 @@ impl Probe<'_> {
             network: Network::None,
             refuse_exec_memfd: false,
             refuse_set_id: false,
+            spare_init: false,
             exec_fd: -1,
             control_fd: -1,
             notify,

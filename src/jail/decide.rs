@@ -420,7 +420,8 @@ pub fn check_filter(template: &Template) -> Result<(), FilterError> {
 /// What a container's filter is made with: nobody is asked, and no sysctl helps.
 #[must_use]
 pub fn container_filter_options(template: &Template) -> FilterOptions {
-    FilterOptions { exec_fd: -1, control_fd: -1, ..filter_options(template, 0, false, false) }
+    let options = filter_options(template, 0, false, false);
+    FilterOptions { spare_init: true, exec_fd: -1, control_fd: -1, ..options }
 }
 
 /// `by_sysctl`: whether the kernel itself can refuse executable memfds.
@@ -434,6 +435,7 @@ fn filter_options(
         network: template.network,
         refuse_exec_memfd: !template.filesystem.tmp_exec && !by_sysctl,
         refuse_set_id: template.filesystem.binds.iter().any(|bind| !bind.read_only),
+        spare_init: false,
         exec_fd,
         control_fd: exec_fd + 1,
         notify,

@@ -86,6 +86,7 @@ fn listener_available() -> io::Result<bool> {
         network: Network::None,
         refuse_exec_memfd: false,
         refuse_set_id: false,
+        spare_init: false,
         exec_fd: -1,
         control_fd: -1,
         notify: true,

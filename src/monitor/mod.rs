@@ -255,11 +255,11 @@ impl<'a> Monitor<'a> {
                 };
                 told.or_else(|error| self.give_up(Role::Server, &error))?;
             }
-            Action::Dismiss(role) => self.dismiss(role),
             Action::End => {
                 self.listeners = None;
-                self.dismiss(Role::Launcher);
-                self.dismiss(Role::Containers);
+                for peer in [&mut self.launcher, &mut self.containers].into_iter().flatten() {
+                    peer.close();
+                }
             }
             Action::Kill(role) => self.kill(role)?,
             Action::Exit(_) => {}
@@ -352,18 +352,6 @@ impl<'a> Monitor<'a> {
         server
             .send(&to_server, &[servers.as_fd()])
             .or_else(|error| self.give_up(Role::Server, &error))
-    }
-
-    /// Closes its socket: it ends by itself.
-    fn dismiss(&mut self, role: Role) {
-        let peer = match role {
-            Role::Server => &mut self.server,
-            Role::Launcher => &mut self.launcher,
-            Role::Containers => &mut self.containers,
-        };
-        if let Some(peer) = peer {
-            peer.close();
-        }
     }
 
     fn announce(&self) {

@@ -83,9 +83,8 @@ pub enum Action {
     Stopping,
     /// Tell the server to finish what runs and exit.
     Drain,
-    /// Close a process's socket: it ends everything and exits.
-    Dismiss(Role),
-    /// Stop listening, and dismiss all that run calls.
+    /// Stop listening, and close the sockets of all that run calls: they end everything
+    /// and exit.
     End,
     /// SIGKILL.
     Kill(Role),
@@ -289,14 +288,14 @@ impl State {
     fn use_containers(&mut self, wanted: bool, now: Instant) -> Vec<Action> {
         let before = std::mem::replace(&mut self.uses_containers, wanted);
         match (before, wanted) {
-            // One that was dismissed and is still there is followed by another.
+            // One that still ends its runs is followed by another, or stays.
             (false, true) if self.containers.over() => {
                 self.containers = Keeper::new(now);
                 let role = Role::Containers;
                 vec![Action::Start(role), Action::Configure(role), Action::Connect(role)]
             }
-            (true, false) if self.containers.alive() => vec![Action::Dismiss(Role::Containers)],
-            (true, false) => {
+            // It learns from the policies that it isn't wanted, and ends after its last run.
+            (true, false) if !self.containers.alive() => {
                 self.containers.life = Life::Over;
                 Vec::new()
             }

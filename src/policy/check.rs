@@ -21,6 +21,9 @@ use crate::{
 /// Most bytes of environment and arguments together.
 pub const ENVIRONMENT_MAX: usize = 128 << 10;
 
+/// Bytes; Docker refuses less (`linuxMinMemory` of its daemon).
+const DOCKER_MEMORY_MIN: u64 = 6 << 20;
+
 /// The largest reply that clients take by default is 4 MiB, its envelope included.
 const OUTPUT_COMFORTABLE: u64 = 39 * (1 << 20) / 10;
 
@@ -102,6 +105,15 @@ fn containers(holds: &Resolved, faults: &mut Vec<Fault>) {
     }
     if !may_run_in(holds, Mode::Container) {
         return;
+    }
+    let memory = &holds.limits.memory;
+    if memory.value.finite().is_some_and(|bytes| bytes < DOCKER_MEMORY_MIN) {
+        let message = "limits.memory is less than the 6MiB that Docker gives at least";
+        faults.push(Fault::new(
+            &memory.place,
+            message,
+            "write \"6MiB\" or more, or mode = \"jail\"",
+        ));
     }
     let root = &holds.filesystem.root;
     if !container.image.value.is_empty() && root.value != Root::Empty {

@@ -124,6 +124,7 @@ impl Builder {
             network: Network::Host,
             refuse_exec_memfd: true,
             refuse_set_id: true,
+            spare_init: false,
             exec_fd: 3,
             control_fd: 4,
             notify: true,

@@ -37,6 +37,14 @@ impl Cgroup {
         Self::adopt(sources)
     }
 
+    /// Kills everyone in it, one by one where the kernel can't kill a cgroup: to be
+    /// repeated until nobody is left.
+    pub fn kill_everyone(&self) {
+        for source in self.sources() {
+            files::kill_all(&source.path, 0);
+        }
+    }
+
     /// Those of the finite `limits` that are in force in it as wanted or tighter, with
     /// `cgroup.kill` and `cpu_time` where there are these.
     #[must_use]

@@ -152,7 +152,7 @@ pub(super) fn destroy(directory: &Path, patience: Duration) -> io::Result<()> {
 }
 
 /// Kills by `cgroup.kill`, which no fork escapes; else one by one, as often as the caller repeats it.
-fn kill_all(directory: &Path, depth: usize) {
+pub(super) fn kill_all(directory: &Path, depth: usize) {
     if write(directory, "cgroup.kill", "1").is_ok() {
         return;
     }

@@ -264,20 +264,6 @@ impl Cgroup {
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
-    /// The processes in it, but not in cgroups below it.
-    ///
-    /// # Errors
-    /// Those of reading `cgroup.procs`: NotFound once it is gone.
-    pub fn processes(&self) -> io::Result<Vec<i32>> {
-        let mut found = Vec::new();
-        for source in &self.sources {
-            found.extend(files::processes(&source.path)?);
-        }
-        found.sort_unstable();
-        found.dedup();
-        Ok(found)
-    }
-
     /// CPU time of the whole tree since [`Cgroup::start_measuring`].
     ///
     /// # Errors
@@ -435,6 +421,10 @@ impl Cgroup {
             seen.memory = seen.memory.max(now);
         }
         self.seen.set(seen);
+    }
+
+    pub(super) fn sources(&self) -> &[Source] {
+        &self.sources
     }
 
     pub(super) fn source(&self, controller: Controller) -> Option<&Source> {

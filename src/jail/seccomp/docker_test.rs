@@ -23,6 +23,7 @@ const fn options(network: Network, refuse: bool) -> FilterOptions {
         network,
         refuse_exec_memfd: refuse,
         refuse_set_id: refuse,
+        spare_init: refuse,
         exec_fd: -1,
         control_fd: -1,
         notify: false,

@@ -59,6 +59,7 @@ fn all_options() -> Vec<FilterOptions> {
                 network,
                 refuse_exec_memfd,
                 refuse_set_id: notify,
+                spare_init: notify,
                 exec_fd,
                 control_fd,
                 notify,

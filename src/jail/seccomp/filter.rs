@@ -30,6 +30,9 @@ pub struct FilterOptions {
     /// write into host directories: what they leave there belongs to the
     /// directory's owner, and must not run as him.
     pub refuse_set_id: bool,
+    /// Refuse (EPERM) to change how PID 1 is scheduled. For runs whose init has the
+    /// program's uid: starved, it could neither end the run nor tell of it.
+    pub spare_init: bool,
     /// `execveat` on this descriptor is allowed under every profile: the
     /// launch's own. It must be a number that the program can never own, at or
     /// above its hard RLIMIT_NOFILE. Negative: none.
@@ -229,6 +232,7 @@ mod tests {
         network: Network::None,
         refuse_exec_memfd: false,
         refuse_set_id: false,
+        spare_init: false,
         exec_fd: 256,
         control_fd: 257,
         notify: true,

@@ -187,6 +187,7 @@ fn outcome(
         network,
         refuse_exec_memfd: false,
         refuse_set_id: true,
+        spare_init: false,
         exec_fd,
         control_fd,
         notify,

@@ -191,6 +191,7 @@ mod tests {
             network,
             refuse_exec_memfd,
             refuse_set_id: false,
+            spare_init: false,
             exec_fd: 256,
             control_fd: 257,
             notify: true,

@@ -189,8 +189,29 @@ fn guard(number: u32, options: &FilterOptions) -> Option<(Vec<Vec<ArgumentCondit
             let sealed = libc::MFD_NOEXEC_SEAL;
             (vec![vec![low_masked(1, sealed, sealed)]], refuse(EACCES))
         }
-        _ => return options.refuse_set_id.then(|| set_id_guard(number)).flatten(),
+        _ => {
+            let spare = options.spare_init.then(|| init_guard(number)).flatten();
+            return spare.or_else(|| options.refuse_set_id.then(|| set_id_guard(number)).flatten());
+        }
     })
+}
+
+/// Nobody decides when init may run.
+fn init_guard(number: u32) -> Option<(Vec<Vec<ArgumentCondition>>, Verdict)> {
+    use Comparison::{Equal, NotEqual};
+    const INIT: u32 = 1;
+    let groups = match i64::from(number) {
+        libc::SYS_sched_setaffinity
+        | libc::SYS_sched_setscheduler
+        | libc::SYS_sched_setparam
+        | libc::SYS_sched_setattr => vec![vec![low(0, NotEqual, INIT)]],
+        // By process group or user, init may be among them.
+        libc::SYS_setpriority => {
+            vec![vec![low(0, Equal, libc::PRIO_PROCESS), low(1, NotEqual, INIT)]]
+        }
+        _ => return None,
+    };
+    Some((groups, Verdict::Refuse { errno: EPERM, recorded: true }))
 }
 
 /// No file gets a set-user-id or set-group-id bit, by whichever call.

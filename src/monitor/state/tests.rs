@@ -219,7 +219,7 @@ fn whoever_has_dockers_socket_is_there_while_a_policy_wants_it() {
     // Nobody wants it any more.
     state.on(Event::Reload, now);
     let actions = state.on(wanted(false), now);
-    assert_eq!(actions, [SendPolicies, Dismiss(Containers), Reloaded]);
+    assert_eq!(actions, [SendPolicies, Reloaded]);
     assert_eq!(state.on(gone(Containers), now), []);
     assert_eq!(state.deadline(), None);
 }

@@ -162,6 +162,7 @@ fn container_mode_refuses_what_docker_cannot_do() {
             "3:8: filesystem.root can't",
         ),
         ("[container]\npull = true", "2:8: container.pull is true"),
+        ("mode = \"container\"\n[limits]\nmemory = \"5MiB\"", "3:10: limits.memory is less"),
     ] {
         let faults = faults_of(content);
         assert_eq!(faults.len(), 1, "{content} {faults:?}");
