@@ -60,3 +60,68 @@ count_results() {
       awk '{ passed += $1; failed += $2; skipped += $3 } END { print passed + 0, failed + 0, skipped + 0 }'
   )
 }
+
+# How long Docker may take to start and to end, in seconds.
+docker_limit_s=60
+
+# start_docker DIRECTORY: a Docker Engine of one's own, as root: with all of its files in DIRECTORY,
+# cgroups of that name, and no network. What is missing is installed. $docker_socket is its socket.
+# Beside runc it knows the runtime `second`: crun, or where that has no cgroups that it likes, runc.
+start_docker() {
+  local second give_up
+  [ "$(id -u)" -eq 0 ] || { echo "${0##*/}: only root can start a Docker" >&2; return 1; }
+  second=runc
+  [ "$(stat -f -c %T /sys/fs/cgroup)" != cgroup2fs ] || second=crun
+  # From Debian 13 on, `docker` has a package of its own. Who can't install anything goes without.
+  (need_packages dockerd:docker.io "$second:$second" && need_packages docker:docker-cli) || return 1
+  second=$(PATH=$PATH:/usr/sbin:/sbin command -v "$second")
+
+  docker_directory=$1 docker_socket=$1/docker.sock
+  # It makes these wherever its own files are.
+  docker_strays=()
+  local stray
+  for stray in /run/docker /run/containerd /etc/docker; do
+    [ -e "$stray" ] || docker_strays+=("$stray")
+  done
+  mkdir -p "$docker_directory"
+  PATH=$PATH:/usr/sbin:/sbin dockerd --host "unix://$docker_socket" --pidfile "$docker_directory/pid" \
+    --data-root "$docker_directory/data" --exec-root "$docker_directory/run" \
+    --cgroup-parent "${docker_directory##*/}" --add-runtime "second=$second" \
+    --bridge none --ip-forward=false --iptables=false --ip6tables=false \
+    >>"$docker_directory/log" 2>&1 </dev/null &
+  dockerd=$!
+  give_up=$((SECONDS + docker_limit_s))
+  until docker --host "unix://$docker_socket" info >/dev/null 2>&1; do
+    if ! kill -0 "$dockerd" 2>/dev/null || [ $SECONDS -ge $give_up ]; then
+      echo "${0##*/}: Docker doesn't start: $(tail -n 1 "$docker_directory/log")" >&2
+      stop_docker
+      return 1
+    fi
+    sleep 0.2
+  done
+}
+
+# stop_docker: ends it, and leaves nothing of it but what is in its directory.
+stop_docker() {
+  local give_up=$((SECONDS + docker_limit_s))
+  kill -TERM "$dockerd" 2>/dev/null || :
+  while kill -0 "$dockerd" 2>/dev/null; do
+    [ $SECONDS -lt $give_up ] || kill -KILL "$dockerd"
+    sleep 0.1
+  done
+  wait "$dockerd" 2>/dev/null || :
+  # One that didn't end in order leaves processes, and mounts.
+  local mount shim
+  for shim in "$docker_directory"/run/containerd/daemon/io.containerd.runtime.v2.task/moby/*/shim.pid; do
+    [ ! -e "$shim" ] || kill -KILL "$(cat "$shim")" 2>/dev/null || :
+  done
+  while read -r mount; do umount --lazy "$mount" || :; done < <(
+    cut -d' ' -f5 /proc/self/mountinfo | grep "^$docker_directory/" | sort -r
+  )
+  # Cgroups are empty now; so are directories in which nobody else has anything.
+  find /sys/fs/cgroup -depth -type d -name "${docker_directory##*/}" -exec rmdir {} + 2>/dev/null || :
+  [ ${#docker_strays[@]} -eq 0 ] || {
+    case " ${docker_strays[*]} " in *' /etc/docker '*) rm -f /etc/docker/key.json ;; esac
+    find "${docker_strays[@]}" -depth -type d -empty -delete 2>/dev/null || :
+  }
+}
