@@ -25,7 +25,8 @@ use nix::{
 use tonic::transport::Channel;
 
 use super::{
-    Call, Reply, client, host, host::Process, patience, rootless, token, wait_for, wait_until,
+    Call, Reply, client, docker, host, host::Process, patience, rootless, token, wait_for,
+    wait_until,
 };
 
 /// The binary under test.
@@ -88,6 +89,11 @@ pub fn direct(rest: &str) -> String {
     plain(&format!("mode = \"direct\"\n{rest}{}", own_user()))
 }
 
+/// [`plain`] for container mode.
+pub fn container(rest: &str) -> String {
+    plain(&format!("mode = \"container\"\n{rest}"))
+}
+
 /// Whom direct mode is to run programs as, a table for a policy's end: rootless,
 /// only the dispatcher's own user can be had; else the default, nobody.
 pub fn own_user() -> String {
@@ -117,6 +123,7 @@ pub struct Settings {
     environment: Vec<(String, String)>,
     arguments: Vec<String>,
     unix_socket: bool,
+    docker: Option<PathBuf>,
 }
 
 impl Settings {
@@ -133,7 +140,14 @@ impl Settings {
             environment: vec![],
             arguments: vec![],
             unix_socket: false,
+            docker: docker::socket(),
         }
+    }
+
+    /// Docker's socket, where it isn't that which the tests are given.
+    pub fn docker(mut self, socket: &Path) -> Self {
+        self.docker = Some(socket.to_owned());
+        self
     }
 
     /// A further file of the policy directory, by its path there.
@@ -211,12 +225,15 @@ impl Settings {
         let parent = env::var("DISPATCHER_TEST_CGROUP_PARENT")
             .map(|parent| format!("cgroup_parent = {parent:?}\n"))
             .unwrap_or_default();
+        let docker = self.docker.clone().unwrap_or_else(|| base.join("no-docker"));
         format!(
-            "[server]\nid = \"test-host\"\n{parent}{}\n[policies]\ndir = {:?}\n{}\n[state]\ndir = {:?}\n{}",
+            "[server]\nid = \"test-host\"\n{parent}{}\n[policies]\ndir = {:?}\n{}\n[state]\ndir = {:?}\n\
+             [docker]\nsocket = {docker:?}\ndirectory = {:?}\n{}",
             self.server,
             base.join("policies"),
             self.policies_table,
             base.join("state"),
+            base.join("containers"),
             self.tables
         )
     }
@@ -456,6 +473,7 @@ impl Dispatcher {
             let status = self.wait(Duration::from_secs(30));
             assert_eq!(status.code(), Some(0), "after SIGTERM; the log ends:\n{}", self.log_tail());
             self.assert_no_cgroups();
+            self.assert_no_containers();
         }
         self.assert_no_processes(Duration::from_secs(5));
         let words = [self.directory.to_str().unwrap()];
@@ -486,6 +504,26 @@ impl Dispatcher {
     /// Its cgroup directories that are there now.
     pub fn cgroups(&self) -> Vec<PathBuf> {
         host::cgroups_named(&self.cgroup_names())
+    }
+
+    /// Asserts that no container is left of any `dispatch-docker` of it, and nothing that
+    /// was shown to one.
+    #[track_caller]
+    pub fn assert_no_containers(&self) {
+        let makers = self.state.lock().unwrap().seen.clone().into_iter();
+        let mut makers = makers.filter(|process| process.name == "dispatch-docker").peekable();
+        if makers.peek().is_none() {
+            return;
+        }
+        let left = host::files_below(&self.directory.join("containers")).unwrap_or_default();
+        assert!(left.is_empty(), "files of containers left over: {left:?}");
+        let socket = self.prepared.lock().unwrap().as_ref().and_then(|own| own.0.0.docker.clone());
+        if let Some(docker) = socket.map(|socket| docker::Docker { socket })
+            && docker.socket.exists()
+        {
+            let left: Vec<_> = makers.flat_map(|maker| docker.owned_by(&maker)).collect();
+            assert!(left.is_empty(), "containers left over: {left:?}");
+        }
     }
 
     /// Asserts that no cgroup directory of it is left.

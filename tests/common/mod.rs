@@ -7,6 +7,8 @@
 //!   are compiled with gcc into `target/test-programs`.
 //! - `DISPATCHER_TEST_CGROUP_PARENT`: becomes `[server] cgroup_parent`.
 //! - `DISPATCHER_TEST_TOOLS`: a directory with `grpcurl` and a Python that has grpcio.
+//! - `DISPATCHER_TEST_DOCKER`: the socket of a Docker Engine of this host, or `none`
+//!   where there can't be one. `scripts/test` starts one.
 //! - `DISPATCHER_TEST_SLOW`: a factor for every deadline of the tests, such as 10.
 //! - `CI`: a skipped test is a failed one.
 
@@ -15,13 +17,16 @@
 
 pub mod client;
 pub mod dispatcher;
+pub mod docker;
 pub mod facts;
 pub mod frames;
 pub mod host;
 pub mod programs;
 
 use std::{
-    env, thread,
+    env,
+    io::{self, Write as _},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -51,7 +56,13 @@ pub(crate) use not_here;
 /// For [`skip!`].
 pub fn note_skip(why: &str) {
     assert!(env::var_os("CI").is_none(), "skipped under CI: {why}");
-    eprintln!("skipped: {why}");
+    say_skip(why);
+}
+
+/// Past the harness, which keeps what a test prints to itself unless it fails.
+pub fn say_skip(why: &str) {
+    let test = thread::current().name().unwrap_or_default().to_owned();
+    let _ = writeln!(io::stderr(), "skipped: {test}: {why}");
 }
 
 /// How much slower than a real machine this one may be taken to be.
