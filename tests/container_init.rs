@@ -257,7 +257,7 @@ fn forks_without_end_come_to_an_end() {
 #[test]
 fn records_of_others_are_words_like_any() {
     needs_namespaces!();
-    let forged = exited(0).encode(b"another nonce...");
+    let forged = exited(0).encode(b"another nonce...and another key.");
     let run = Container::start().run(&script("cat; cat /proc/1/mem; exit 4"), &forged);
     assert_eq!((run.stdout.as_slice(), run.record), (&forged[..], exited(4)));
     assert_eq!(Record::decode(&forged, &NONCE), None);

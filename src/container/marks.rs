@@ -1,6 +1,6 @@
 //! What a program wrote, and init's record at its end.
 
-use super::protocol::{NONCE_LEN, Record};
+use super::protocol::{MARK_LEN, NONCE_LEN, Record};
 
 /// One of the two streams of a container.
 #[derive(Debug)]
@@ -47,12 +47,12 @@ impl Marked {
     }
 
     /// How many of the last bytes a record may begin with. The program can't know the
-    /// nonce: but for a few bytes by chance, nothing of its own is ever held back.
+    /// mark: but for a few bytes by chance, nothing of its own is ever held back.
     fn may_be_the_beginning(&self, whole: &[u8]) -> usize {
         let most = whole.len().min(Record::LEN - 1);
         let begins = |length: &usize| {
             let last = &whole[whole.len() - length..];
-            let compared = last.len().min(NONCE_LEN);
+            let compared = last.len().min(MARK_LEN);
             last[..compared] == self.nonce[..compared]
         };
         (1..=most).rev().find(begins).unwrap_or(0)
@@ -65,7 +65,7 @@ mod tests {
 
     use super::{super::protocol::Verdict, *};
 
-    const NONCE: [u8; NONCE_LEN] = *b"aaaaaaaaaaaaaaab";
+    const NONCE: [u8; NONCE_LEN] = *b"aaaaaaaaaaaaaaabthe key is 16 b.";
     const RECORD: Record = Record { verdict: Verdict::Ended(9), denied: false, left_behind: true };
 
     proptest! {
@@ -95,11 +95,12 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_one_is_the_programs() {
-        let other = *b"aaaaaaaaaaaaaaac";
         let mut marked = Marked::new(NONCE);
-        let forged = RECORD.encode(&other);
-        assert_eq!(marked.take(&forged), forged);
-        assert_eq!(marked.record(), None);
+        for other in [b"aaaaaaaaaaaaaaacthe key is 16 b.", b"aaaaaaaaaaaaaaabanother key, 16."] {
+            let forged = RECORD.encode(other);
+            assert_eq!(marked.take(&forged), forged);
+            assert_eq!(marked.record(), None);
+        }
         assert!(marked.take(&NONCE[..5]).is_empty());
         assert_eq!(marked.rest(), &NONCE[..5], "of a stream that ended there");
     }

@@ -8,8 +8,11 @@
 //!
 //! From init, at the end of its standard output and of its standard error: one [`Record`]
 //! each. Before it stands what the program wrote, and all of it: nothing that could write
-//! is left. The nonce makes it init's: the program has never seen it. An init that ended
-//! without the two records has told nothing, whatever its exit code.
+//! is left. The nonce makes it init's: the program has never seen it. Half of it marks the
+//! record. The other half is never written: it is the key of the record's seal, since a
+//! program can read its streams, of which the runtime makes it the owner, and have others
+//! read them after its end. An init that ended without the two records has told nothing,
+//! whatever its exit code.
 
 /// Where init stands in the container.
 pub const INIT_PATH: &str = "/run/dispatcher/init";
@@ -18,8 +21,13 @@ pub const INIT_PATH: &str = "/run/dispatcher/init";
 /// The container's user must not be able to open it for writing.
 pub const HOLD_PATH: &core::ffi::CStr = c"/run/dispatcher/hold";
 
-/// Bytes of the word that tells init's records from all that a program can write.
-pub const NONCE_LEN: usize = 16;
+/// Bytes of the secret that tells init's records from all that a program can write: the
+/// mark, and the key of the seal.
+pub const NONCE_LEN: usize = MARK_LEN + KEY_LEN;
+/// Bytes of the mark.
+pub const MARK_LEN: usize = 16;
+const KEY_LEN: usize = 16;
+const SEAL_LEN: usize = 16;
 
 /// Most arguments.
 pub const ARGUMENTS_MAX: u32 = 65_536;
@@ -99,14 +107,15 @@ pub struct Record {
 
 impl Record {
     /// Its size in bytes; pipes take it in one piece.
-    pub const LEN: usize = NONCE_LEN + 16;
+    pub const LEN: usize = MARK_LEN + WORDS_LEN + SEAL_LEN;
 
     const ENDED: u32 = 1;
     const NOT_STARTED: u32 = 2;
     const DENIED: u32 = 1;
     const LEFT_BEHIND: u32 = 2;
 
-    /// As it is written: the nonce; kind, value, flags and a zero, little-endian.
+    /// As it is written: the mark; kind, value, flags and a zero, little-endian; the seal
+    /// of these words.
     #[must_use]
     pub fn encode(&self, nonce: &[u8; NONCE_LEN]) -> [u8; Self::LEN] {
         let (kind, value) = match self.verdict {
@@ -115,21 +124,33 @@ impl Record {
         };
         let denied = if self.denied { Self::DENIED } else { 0 };
         let left_behind = if self.left_behind { Self::LEFT_BEHIND } else { 0 };
+        let mut words = [0; WORDS_LEN];
+        join(&mut words, &[], &[kind, value, denied | left_behind, 0]);
+        let (mark, key) = halves(nonce);
         let mut bytes = [0; Self::LEN];
-        join(&mut bytes, nonce, &[kind, value, denied | left_behind, 0]);
+        let parts = mark.iter().chain(&words).copied().chain(seal(&key, &words));
+        for (byte, from) in bytes.iter_mut().zip(parts) {
+            *byte = from;
+        }
         bytes
     }
 
     /// Reads one; `None` for anything that init of this nonce doesn't write.
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN], nonce: &[u8; NONCE_LEN]) -> Option<Self> {
-        let (found, [kind, value, flags, zero]) = split(bytes)?;
+        let (found, rest) = bytes.split_first_chunk::<MARK_LEN>()?;
+        let (words, sealed) = rest.split_first_chunk::<WORDS_LEN>()?;
+        let (mark, key) = halves(nonce);
+        if *found != mark || *sealed != seal(&key, words) {
+            return None;
+        }
+        let [kind, value, flags, zero] = numbers(words)?;
         let verdict = match kind {
             Self::ENDED => Verdict::Ended(value),
             Self::NOT_STARTED => Verdict::NotStarted(value),
             _ => return None,
         };
-        let known = found == *nonce && flags & !(Self::DENIED | Self::LEFT_BEHIND) == 0;
+        let known = flags & !(Self::DENIED | Self::LEFT_BEHIND) == 0;
         (known && zero == 0).then_some(Self {
             verdict,
             denied: flags & Self::DENIED != 0,
@@ -138,8 +159,70 @@ impl Record {
     }
 }
 
-/// A nonce and numbers into their bytes.
-fn join(bytes: &mut [u8], nonce: &[u8; NONCE_LEN], numbers: &[u32]) {
+const WORDS_LEN: usize = 16;
+
+/// The mark and the key.
+fn halves(nonce: &[u8; NONCE_LEN]) -> ([u8; MARK_LEN], [u8; KEY_LEN]) {
+    let (mut mark, mut key) = ([0; MARK_LEN], [0; KEY_LEN]);
+    for (byte, from) in mark.iter_mut().chain(&mut key).zip(nonce) {
+        *byte = *from;
+    }
+    (mark, key)
+}
+
+/// SipHash-2-4 with 128 bits: what nobody makes without the key.
+fn seal(key: &[u8; KEY_LEN], words: &[u8; WORDS_LEN]) -> [u8; SEAL_LEN] {
+    siphash(key, words)
+}
+
+fn siphash(key: &[u8; KEY_LEN], message: &[u8]) -> [u8; SEAL_LEN] {
+    let number = |bytes: &[u8]| {
+        bytes.iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    let (low, high) = (number(&key[..8]), number(&key[8..]));
+    let mut v = [
+        low ^ 0x736f_6d65_7073_6575,
+        high ^ 0x646f_7261_6e64_6f6d ^ 0xee,
+        low ^ 0x6c79_6765_6e65_7261,
+        high ^ 0x7465_6462_7974_6573,
+    ];
+    let (blocks, rest) = message.as_chunks::<8>();
+    let last = (message.len() as u64) << 56 | number(rest);
+    for block in blocks.iter().map(|block| number(block)).chain([last]) {
+        v[3] ^= block;
+        rounds(&mut v, 2);
+        v[0] ^= block;
+    }
+    let mut made = [0; SEAL_LEN];
+    let (first, second) = made.split_at_mut(8);
+    for (half, [at, twist]) in [first, second].into_iter().zip([[2, 0xee], [1, 0xdd]]) {
+        v[at as usize & 3] ^= twist;
+        rounds(&mut v, 4);
+        let word = (v[0] ^ v[1] ^ v[2] ^ v[3]).to_le_bytes();
+        for (byte, from) in half.iter_mut().zip(word) {
+            *byte = from;
+        }
+    }
+    made
+}
+
+fn rounds(v: &mut [u64; 4], count: u32) {
+    for _ in 0..count {
+        v[0] = v[0].wrapping_add(v[1]);
+        v[1] = v[1].rotate_left(13) ^ v[0];
+        v[0] = v[0].rotate_left(32);
+        v[2] = v[2].wrapping_add(v[3]);
+        v[3] = v[3].rotate_left(16) ^ v[2];
+        v[0] = v[0].wrapping_add(v[3]);
+        v[3] = v[3].rotate_left(21) ^ v[0];
+        v[2] = v[2].wrapping_add(v[1]);
+        v[1] = v[1].rotate_left(17) ^ v[2];
+        v[2] = v[2].rotate_left(32);
+    }
+}
+
+/// A prefix and numbers into their bytes.
+fn join(bytes: &mut [u8], nonce: &[u8], numbers: &[u32]) {
     let words = numbers.iter().flat_map(|number| number.to_le_bytes());
     for (byte, from) in bytes.iter_mut().zip(nonce.iter().copied().chain(words)) {
         *byte = from;
@@ -149,25 +232,42 @@ fn join(bytes: &mut [u8], nonce: &[u8; NONCE_LEN], numbers: &[u32]) {
 /// And back; `None` where there are too few bytes.
 fn split<const N: usize>(bytes: &[u8]) -> Option<([u8; NONCE_LEN], [u32; N])> {
     let (nonce, rest) = bytes.split_first_chunk()?;
-    let (words, _) = rest.as_chunks();
+    Some((*nonce, numbers(rest)?))
+}
+
+fn numbers<const N: usize>(bytes: &[u8]) -> Option<[u32; N]> {
+    let (words, _) = bytes.as_chunks();
     let mut numbers = [0; N];
     for (index, number) in numbers.iter_mut().enumerate() {
         *number = u32::from_le_bytes(*words.get(index)?);
     }
-    Some((*nonce, numbers))
+    Some(numbers)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const NONCE: [u8; NONCE_LEN] = *b"0123456789abcdef";
+    const NONCE: [u8; NONCE_LEN] = *b"0123456789abcdefthe key is 16 b.";
+
+    #[test]
+    fn the_seal_is_siphash() {
+        // The first two of its authors' test vectors, `vectors_sip128`.
+        let key = core::array::from_fn(|index| index as u8);
+        let hex = |made: [u8; SEAL_LEN]| made.map(|byte| format!("{byte:02x}")).concat();
+        assert_eq!(hex(siphash(&key, &[])), "a3817f04ba25a8e66df67214c7550293");
+        assert_eq!(hex(siphash(&key, &[0])), "da87c1d86b99af44347659119b22fc45");
+        let one = seal(&key, &[1; WORDS_LEN]);
+        assert_ne!(one, seal(&[0; KEY_LEN], &[1; WORDS_LEN]));
+        assert_ne!(one, seal(&key, &[2; WORDS_LEN]));
+    }
 
     #[test]
     fn headers_are_read_as_they_were_written() {
         let header = Header { nonce: NONCE, arguments: 1, environment: 0x203, strings_len: 0x4_05 };
         let bytes = header.encode();
-        assert_eq!(&bytes, b"0123456789abcdef\x01\0\0\0\x03\x02\0\0\x05\x04\0\0");
+        let numbers = b"\x01\0\0\0\x03\x02\0\0\x05\x04\0\0";
+        assert_eq!(bytes[..], [&NONCE[..], numbers].concat());
         assert_eq!(Header::decode(&bytes), Some(header));
     }
 
@@ -201,18 +301,18 @@ mod tests {
         }
         let ended = Record { verdict: Verdict::Ended(0x8b), denied: true, left_behind: false };
         let bytes = *b"0123456789abcdef\x01\0\0\0\x8b\0\0\0\x01\0\0\0\0\0\0\0";
-        assert_eq!(ended.encode(&NONCE), bytes);
+        let record = ended.encode(&NONCE);
+        assert_eq!(record[..32], bytes);
+        assert!(!record.windows(8).any(|part| part == &NONCE[16..24]), "the key isn't in it");
     }
 
     #[test]
     fn only_whole_records_of_the_nonce_are_taken() {
         let record = Record { verdict: Verdict::Ended(0), denied: false, left_behind: false };
         let good = record.encode(&NONCE);
-        // Any bit but one of the value's and the two flags'.
-        for bit in (0..Record::LEN * 8).filter(|bit| !(160..194).contains(bit)) {
+        for bit in 0..Record::LEN * 8 {
             let mut bytes = good;
             bytes[bit / 8] ^= 1 << (bit % 8);
-            // One such bit makes one kind of the other: kinds 1 and 2 differ in two.
             assert_eq!(Record::decode(&bytes, &NONCE), None, "bit {bit}");
         }
     }

@@ -23,7 +23,7 @@ use nix::sys::{signal::Signal, stat::Mode};
 
 use crate::common::{host, host::Process, rootless, wait_for, wait_until};
 
-pub const NONCE: [u8; NONCE_LEN] = *b"\0a nonce \xff of 16";
+pub const NONCE: [u8; NONCE_LEN] = *b"\0a nonce \xff of 16and its 2nd half";
 pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// What makes a place like a container, and becomes `$0` of the directory `$1` in it.
