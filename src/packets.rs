@@ -33,6 +33,21 @@ impl Packets {
         self.0.async_io(Interest::READABLE, read).await
     }
 
+    /// The next packet, also where some of its descriptors were lost. Cancel-safe.
+    ///
+    /// # Errors
+    /// Those of [`sys::receive_bytes`].
+    pub async fn receive_bytes(&self, buffer: &mut [u8]) -> io::Result<Option<sys::Packet>> {
+        let read = |socket: &OwnedFd| sys::receive_bytes(socket, buffer);
+        self.0.async_io(Interest::READABLE, read).await
+    }
+
+    /// Ends the conversation: both sides see its end.
+    pub fn hang_up(&self) {
+        // It may be at its end already.
+        let _ = rustix::net::shutdown(self.0.get_ref(), rustix::net::Shutdown::Both);
+    }
+
     /// Sends one packet. Cancel-safe.
     ///
     /// # Errors

@@ -1,6 +1,10 @@
 //! Docker Engine's API, as far as it is needed, through its socket.
 
-use std::{collections::HashMap, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use bollard::{
     Docker,
@@ -22,6 +26,8 @@ use crate::jail::message::Refusal;
 const REQUEST_S: u64 = 60;
 /// How long reaching Docker may take.
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long nobody tries again after that failed.
+const FAILURE_HOLDS: Duration = Duration::from_millis(500);
 
 /// What Docker said, or why it said nothing.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -67,15 +73,22 @@ pub struct Streams {
 #[derive(Debug)]
 pub struct Engine {
     socket: PathBuf,
+    connection: Mutex<Connection>,
+}
+
+#[derive(Debug, Default)]
+struct Connection {
     /// Speaking a version that both know.
-    connected: Mutex<Option<Docker>>,
+    docker: Option<Docker>,
+    /// Why and when it was last not to be reached: those who wait meanwhile needn't try.
+    failed: Option<(Instant, EngineError)>,
 }
 
 impl Engine {
     /// For this socket. It is connected to when it is needed.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket, connected: Mutex::new(None) }
+        Self { socket, connection: Mutex::default() }
     }
 
     /// Reaches Docker, again if need be.
@@ -83,19 +96,35 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Unavailable`].
     pub async fn docker(&self) -> Result<Docker, EngineError> {
-        let mut connected = self.connected.lock().await;
-        if let Some(docker) = &*connected {
+        let mut connection = self.connection.lock().await;
+        if let Some(docker) = &connection.docker {
             return Ok(docker.clone());
         }
+        if let Some((at, error)) = &connection.failed
+            && at.elapsed() < FAILURE_HOLDS
+        {
+            return Err(error.clone());
+        }
+        match self.connect().await {
+            Ok(docker) => {
+                connection.failed = None;
+                Ok(connection.docker.insert(docker).clone())
+            }
+            Err(error) => {
+                connection.failed = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Docker, EngineError> {
         let path = self.socket.to_string_lossy();
         let docker = Docker::connect_with_unix(&path, REQUEST_S, bollard::API_DEFAULT_VERSION)
             .map_err(|error| self.unavailable(&error))?;
-        let negotiated = tokio::time::timeout(CONNECT, docker.negotiate_version()).await;
-        let docker = match negotiated {
-            Ok(result) => result.map_err(|error| self.unavailable(&error))?,
-            Err(_) => return Err(self.unavailable(&"it doesn't answer")),
-        };
-        Ok(connected.insert(docker).clone())
+        match tokio::time::timeout(CONNECT, docker.negotiate_version()).await {
+            Ok(result) => result.map_err(|error| self.unavailable(&error)),
+            Err(_) => Err(self.unavailable(&"it doesn't answer")),
+        }
     }
 
     fn unavailable(&self, why: &dyn std::fmt::Display) -> EngineError {
@@ -109,10 +138,17 @@ impl Engine {
             Error::DockerResponseServerError { status_code: 404, message } => {
                 EngineError::Missing(message)
             }
+            // It is another Docker than the one that we agreed with on a version.
+            Error::DockerResponseServerError { status_code: 400, message }
+                if message.contains("client version") =>
+            {
+                self.connection.lock().await.docker = None;
+                self.unavailable(&message)
+            }
             Error::DockerResponseServerError { message, .. } => EngineError::Refused(message),
             Error::DockerStreamError { error } => EngineError::Refused(error),
             error => {
-                *self.connected.lock().await = None;
+                self.connection.lock().await.docker = None;
                 self.unavailable(&with_cause(&error))
             }
         }
@@ -195,8 +231,6 @@ impl Engine {
             Ok(()) => Ok(()),
             Err(error) => match self.told(error).await {
                 EngineError::Missing(_) => Ok(()),
-                // Somebody else is at it already.
-                EngineError::Refused(why) if why.contains("already in progress") => Ok(()),
                 error => Err(error),
             },
         }

@@ -5,6 +5,7 @@
 //! on with what it was asked for, and make what was removed already.
 
 use std::{
+    collections::HashSet,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -13,7 +14,10 @@ use std::{
 };
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::{io::unix::AsyncFd, sync::Semaphore};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{Semaphore, SemaphorePermit},
+};
 
 use super::{
     engine::{Engine, EngineError, Streams},
@@ -49,9 +53,8 @@ const AT_ONCE: usize = 4;
 /// How long a call waits for an image that is being pulled: less than the server waits
 /// for a start.
 const PULL_WAIT: Duration = Duration::from_secs(25);
-/// How often removing a container is tried, and how long is waited in between: twice as
-/// long each time, up to the second.
-const REMOVALS_MAX: u32 = 50;
+/// How long is waited before removing a container is tried again: twice as long each time,
+/// up to the second.
 const REMOVAL_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
 /// What all containers are made with.
@@ -63,6 +66,9 @@ pub struct Maker {
     /// For slots.
     directory: PathBuf,
     making: Semaphore,
+    stocking: Semaphore,
+    /// Images that are being pulled.
+    pulling: Mutex<HashSet<String>>,
     removing: Semaphore,
     /// One permit for each container there is: all are there when none is left.
     existing: Arc<Semaphore>,
@@ -148,6 +154,8 @@ impl Maker {
             owner,
             directory,
             making: Semaphore::new(AT_ONCE),
+            stocking: Semaphore::new(1),
+            pulling: Mutex::default(),
             removing: Semaphore::new(AT_ONCE),
             existing: Arc::new(Semaphore::new(EXISTING_MAX as usize)),
         }))
@@ -169,15 +177,14 @@ impl Maker {
         let root = decide_root(template)?;
         let root = ContainerRoot::of(root.pieces).map_err(|error| step("image", &error))?;
         let image = self.image(template, &root).await?;
-        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
         let random = || RunId::random().map_err(|error| step("name", &error));
-        // The host name is random in any case: it isn't the run's to know its id.
-        let host_name = format!("run-{}", random()?);
-        let name = match run {
-            Some(run) => name_of(run),
-            None => format!("dispatcher-ahead-{}", random()?),
-        };
+        // Random in any case: nobody else's container has this name, which has ours removed
+        // from before it exists, as a create that is given up may have created it.
+        let name = format!("dispatcher-made-{}", random()?);
+        let mut removal = Removal::of(self, name.clone());
+        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
         let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
+        let host_name = format!("run-{}", random()?);
         let making = Making {
             image: &image,
             host_name: &host_name[..host_name.len().min(HOST_NAME_LEN)],
@@ -187,8 +194,6 @@ impl Maker {
             labels: self.owner.labels(launch, run),
             filter,
         };
-        // From before it exists: a create that is given up may have created it.
-        let mut removal = Removal::of(self, name.clone());
         let id = self.engine.create(&name, spec::body(template, making)).await?;
         removal.name.clone_from(&id);
         let streams = self.engine.attach(&id).await?;
@@ -209,7 +214,27 @@ impl Maker {
         await_init(pid, &slot.init(), template).await;
         let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
         let cgroup = cgroup.map(Mutex::new);
-        Ok((Container { id, init, cgroup, enforced, slot, removal }, streams))
+        let container = Container { id, init, cgroup, enforced, slot, removal };
+        if let Some(run) = run {
+            self.rename(&container, run);
+        }
+        Ok((container, streams))
+    }
+
+    /// Names a container after its run. Beside: only people go by it, and Docker writes it
+    /// to its disk.
+    pub fn rename(self: &Arc<Self>, container: &Container, run: RunId) {
+        let (maker, id) = (Arc::clone(self), container.id.clone());
+        tokio::spawn(async move {
+            if let Err(error) = maker.engine.rename(&id, &format!("dispatcher-{run}")).await {
+                tracing::debug!(%error, "a container keeps its name");
+            }
+        });
+    }
+
+    /// A turn at making one that nobody waits for: one at a time. None at the end.
+    pub async fn stock_turn(&self) -> Option<SemaphorePermit<'_>> {
+        self.stocking.acquire().await.ok()
     }
 
     /// The image's name, once Docker has it.
@@ -239,16 +264,25 @@ impl Maker {
             let why = "declares volumes, which would be writable and without a limit: make one without VOLUME";
             return Err(image(&wanted.image, why));
         }
-        Ok(wanted.image.clone())
+        // By its id: what was looked at is what is used.
+        Ok(found.id.unwrap_or_else(|| wanted.image.clone()))
     }
 
-    /// Pulls an image, or has it pulled for a later call. (Docker pulls the same one once,
-    /// however many ask for it.)
+    /// Pulls an image, or has it pulled for a later call.
     async fn pull(self: &Arc<Self>, name: &str) -> Result<(), Refusal> {
+        let still = || image(name, "is still being pulled; send the call again");
+        let pulling = || self.pulling.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pulling().insert(name.to_owned()) {
+            return Err(still());
+        }
         let (maker, wanted) = (Arc::clone(self), name.to_owned());
-        let pulling = tokio::spawn(async move { maker.engine.pull(&wanted).await });
+        let pulling = tokio::spawn(async move {
+            let pulled = maker.engine.pull(&wanted).await;
+            maker.pulling.lock().unwrap_or_else(PoisonError::into_inner).remove(&wanted);
+            pulled
+        });
         match tokio::time::timeout(PULL_WAIT, pulling).await {
-            Err(_) => Err(image(name, "is still being pulled; send the call again")),
+            Err(_) => Err(still()),
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(error))) => Err(image(name, &format!("can't be pulled: {error}"))),
             Ok(Err(panic)) => Err(image(name, &format!("can't be pulled: {panic}"))),
@@ -257,6 +291,7 @@ impl Maker {
 
     /// Makes no more: those who wait for their turn are refused.
     pub fn close(&self) {
+        self.stocking.close();
         self.making.close();
     }
 
@@ -265,24 +300,26 @@ impl Maker {
     /// # Errors
     /// Where Docker can't be asked.
     pub async fn sweep(&self) -> Result<(), EngineError> {
+        let mut failed = Ok(());
         for (id, owner) in self.engine.labelled(super::owner::OWNER).await? {
             if self.owner.sees_dead(&owner) {
                 tracing::info!(id, "removing a container that a dead dispatcher left");
-                self.kill_left(&id).await?;
-                self.engine.remove(&id).await?;
+                self.kill_left(&id).await;
+                // One that can't be removed keeps none of the others.
+                failed = self.engine.remove(&id).await.and(failed);
             }
         }
-        Ok(())
+        failed
     }
 
     /// Kills everyone in a container that isn't ours.
-    async fn kill_left(&self, id: &str) -> Result<(), EngineError> {
-        let state = self.engine.inspect(id).await?.state.unwrap_or_default();
-        let pid = state.pid.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+    async fn kill_left(&self, id: &str) {
+        // One that can't be looked at is Docker's to kill.
+        let state = self.engine.inspect(id).await.ok().and_then(|found| found.state);
+        let pid = state.and_then(|state| i32::try_from(state.pid?).ok()).and_then(Pid::from_raw);
         if let Some(cgroup) = pid.and_then(|pid| Cgroup::of_container(pid, id).ok()) {
             cgroup.kill_everyone();
         }
-        Ok(())
     }
 
     /// Returns when no container is left, and nothing of ours on the disk.
@@ -293,12 +330,6 @@ impl Maker {
             tracing::warn!(%error, "{} can't be removed", self.directory.display());
         }
     }
-}
-
-/// A container's name, for people who look for a run's.
-#[must_use]
-pub fn name_of(run: RunId) -> String {
-    format!("dispatcher-{run}")
 }
 
 /// The length of `run-` and eight digits, as in a jail.
@@ -361,10 +392,13 @@ fn look(
         pids: template.limits.pids,
     };
     let failed = |error: io::Error| step("verify", &error);
+    let named = !template.container.runtime.is_empty();
     let cgroup = match Cgroup::of_container(pid, id) {
         Ok(cgroup) => cgroup,
-        // Another kernel's, or out of our sight.
-        Err(_) if !template.container.runtime.is_empty() => return Ok((None, Vec::new())),
+        // Another kernel's: then no limit of a cgroup's may be demanded.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && named => {
+            return demand_cgroup(template, &[]).map(|()| (None, Vec::new()));
+        }
         Err(error) => return Err(failed(error)),
     };
     let found = match verify::in_force(template, pid, &slot.init(), &cgroup, &limits) {
@@ -378,9 +412,9 @@ fn look(
     let in_force = match found {
         Some(in_force) => in_force,
         // What the named runtime gives is its own affair; the report names it.
-        None if !template.container.runtime.is_empty() => {
+        None if named => {
             let in_force = cgroup.in_force(&limits);
-            return Ok((Some(cgroup), in_force));
+            return demand_cgroup(template, &in_force).map(|()| (Some(cgroup), in_force));
         }
         None => {
             let why = "the container's init isn't to be seen among this host's processes, so that \
@@ -389,7 +423,7 @@ fn look(
             return Err(Refusal::ControlUnavailable { control: Control::NsPid, why: why.into() });
         }
     };
-    match verify::lacking(template, &in_force) {
+    match verify::lacking(template, &in_force, spec::demanded(template)) {
         None if template.filesystem.tmp.is_some() && !verify::has_tmp(pid) => {
             let name = &template.container.image;
             Err(image(
@@ -405,6 +439,16 @@ fn look(
                 .into(),
         }),
     }
+}
+
+/// Of a container into which nothing can be seen, its cgroup still can.
+fn demand_cgroup(template: &Template, in_force: &[Control]) -> Result<(), Refusal> {
+    let missing = verify::lacking(template, in_force, spec::demanded_of_cgroup(template));
+    missing.map_or(Ok(()), |control| {
+        let why = "the runtime puts the container into no cgroup in which it is in force; \
+                   name it in best_effort, or another runtime";
+        Err(Refusal::ControlUnavailable { control, why: why.into() })
+    })
 }
 
 fn image(name: &str, why: &str) -> Refusal {
@@ -443,11 +487,11 @@ impl Drop for Removal {
     }
 }
 
-/// Removes one, and tries again while Docker is away or busy with it. What it can't remove
-/// is swept when we, or our successor, start.
+/// Removes one, again and again while Docker is away or busy with it. What is left when
+/// this process ends is swept by its successor.
 async fn remove(maker: &Maker, name: &str) {
     let (mut pause, longest) = REMOVAL_PAUSE;
-    for _ in 0..REMOVALS_MAX {
+    loop {
         let turn = maker.removing.acquire().await;
         let removed = maker.engine.remove(name).await;
         drop(turn);
@@ -458,7 +502,6 @@ async fn remove(maker: &Maker, name: &str) {
         tokio::time::sleep(pause).await;
         pause = longest.min(pause * 2);
     }
-    tracing::warn!(name, "a container can't be removed; the next start will sweep it");
 }
 
 /// A nonce that the program can't guess.

@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `process`, `message` | the process, and what monitor and server say to it |
+//! | `process`, `message` | the process, and what the monitor says to it |
+//! | `office`, `server` | what all runs share; the conversation with the server |
 //! | `run` | one run, from its launch to its end |
 //! | `ahead` | containers that wait for the next calls |
 //! | `make` | a container in which init waits, and its certain removal |
@@ -22,10 +23,12 @@ pub mod image;
 pub mod make;
 pub mod marks;
 pub mod message;
+pub mod office;
 pub mod owner;
 pub mod process;
 pub mod protocol;
 pub mod run;
+pub mod server;
 pub mod slot;
 pub mod spec;
 pub mod verify;

@@ -21,6 +21,7 @@ use super::{
     make::{self, Container, Maker},
     marks::Marked,
     protocol::{Header, NONCE_LEN, Record, Verdict},
+    server::Server,
 };
 use crate::{
     jail::{
@@ -32,10 +33,13 @@ use crate::{
         plan::{Control, Template},
     },
     names::RunId,
-    packets::Packets,
     units::Limit,
 };
 
+/// How long a call waits for its container: less than the server waits for a start.
+const MAKE_WAIT: Duration = Duration::from_secs(27);
+/// How long init may take to be told its program.
+const SPEAK_WAIT: Duration = Duration::from_secs(2);
 /// How long what was killed may take to be gone.
 const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How long output may still be on its way through Docker once all is over.
@@ -57,6 +61,8 @@ pub struct Task {
     pub template: Arc<Template>,
     /// Its system calls, for Docker.
     pub filter: Arc<str>,
+    /// Whether that is of the policies in force.
+    pub is_current: bool,
     /// When it came.
     pub received: Instant,
 }
@@ -67,7 +73,7 @@ pub async fn run(
     ahead: &Arc<Ahead>,
     task: Task,
     mut stop: mpsc::Receiver<StopCause>,
-    server: &Arc<Packets>,
+    server: &Arc<Server>,
 ) -> FromLauncher {
     let run = task.launch.run;
     let made = match ahead.take(maker, &task) {
@@ -83,7 +89,7 @@ pub async fn run(
         Err(refusal) => return FromLauncher::Refused { run, refusal },
     };
     let setup = begun.setup;
-    say(server, &FromLauncher::Started { run, at: SystemTime::now(), setup }).await;
+    server.tell(&FromLauncher::Started { run, at: SystemTime::now(), setup });
     match begun.follow(&mut stop, server).await {
         Ok(end) => FromLauncher::Ended { run, end: Box::new(end) },
         Err(refusal) => FromLauncher::Refused { run, refusal },
@@ -109,14 +115,10 @@ async fn make_now(
             Err(Refusal::Docker { why })
         }),
         _ = stop.recv() => Err(Refusal::Ending),
-    }
-}
-
-/// Tells the server; one that is gone needs no telling.
-pub async fn say(server: &Packets, message: &FromLauncher) {
-    match postcard::to_stdvec(message) {
-        Ok(bytes) => drop(server.send(&bytes, &[]).await),
-        Err(error) => tracing::error!(%error, "an answer can't be encoded"),
+        () = tokio::time::sleep(MAKE_WAIT) => {
+            let why = format!("Docker made no container within {} s", MAKE_WAIT.as_secs());
+            Err(Refusal::DockerUnavailable { why })
+        }
     }
 }
 
@@ -169,9 +171,13 @@ impl Begun {
         if let Some(mut cgroup) = container.cgroup() {
             cgroup.start_measuring().map_err(|error| failed("cgroup", &error))?;
         }
-        streams.input.write_all(&message).await.map_err(|error| Refusal::DockerUnavailable {
-            why: format!("the container can't be spoken to: {error}"),
-        })?;
+        let deaf = |why: String| Refusal::DockerUnavailable {
+            why: format!("the container can't be spoken to: {why}"),
+        };
+        timeout(SPEAK_WAIT, streams.input.write_all(&message))
+            .await
+            .map_err(|_| deaf("it takes nothing".to_owned()))?
+            .map_err(|error| deaf(error.to_string()))?;
         let started = Instant::now();
         let setup = started.saturating_duration_since(task.received);
         Ok(Self { container, streams, task, nonce, setup, started, stdout, stderr })
@@ -181,7 +187,7 @@ impl Begun {
     async fn follow(
         self,
         stop: &mut mpsc::Receiver<StopCause>,
-        server: &Arc<Packets>,
+        server: &Arc<Server>,
     ) -> Result<End, Refusal> {
         let Self { container, streams, task, nonce, setup, started, stdout, stderr } = self;
         let mut output = Output::new(nonce, stdout, stderr);
@@ -287,7 +293,7 @@ impl Closing {
     }
 
     /// We end it. What can't be killed is waited for beside, and counts until it is gone.
-    async fn killed(self, end: End, run: RunId, server: &Arc<Packets>) -> End {
+    async fn killed(self, end: End, run: RunId, server: &Arc<Server>) -> End {
         let container = self.container;
         if container.killed_within(TEARDOWN_GRACE).await {
             return end;
@@ -296,7 +302,7 @@ impl Closing {
         tokio::spawn(async move {
             while !container.killed_within(TEARDOWN_GRACE).await {}
             drop(container);
-            say(&server, &FromLauncher::Released { run }).await;
+            server.tell(&FromLauncher::Released { run });
         });
         End { quarantined: true, ..end }
     }
@@ -430,10 +436,13 @@ async fn feed(
     let mut offset = 0;
     loop {
         // A sealed memfd: reading it waits for nothing.
-        let length = rustix::io::pread(source, &mut piece[..], offset).unwrap_or(0);
-        if length == 0 {
-            break;
-        }
+        let length = match rustix::io::pread(source, &mut piece[..], offset) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(rustix::io::Errno::INTR) => continue,
+            // Half of it must not look like the whole.
+            Err(_) => return std::future::pending().await,
+        };
         if input.write_all(&piece[..length]).await.is_err() {
             return;
         }

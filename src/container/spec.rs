@@ -23,8 +23,11 @@ use crate::{
 /// Whom the program is, inside and (but for Docker's userns-remap) outside.
 pub const USER: u32 = 65_534;
 
+/// Bytes of memory; Docker takes no lower limit (`linuxMinMemory` of its daemon).
+pub const MEMORY_MIN: u64 = 6 << 20;
+
 /// Where [`super::slot`] is shown.
-const SLOT_TARGET: &str = "/run/dispatcher";
+pub const SLOT_TARGET: &str = "/run/dispatcher";
 
 /// Processes of a container besides the program's: init.
 const OURS: u64 = 1;
@@ -114,7 +117,6 @@ pub fn lacks_for_init(template: &Template) -> Option<&'static str> {
 /// The controls that a container of this policy must have.
 #[must_use]
 pub fn demanded(template: &Template) -> Vec<Control> {
-    let limits = &template.limits;
     let mut controls = vec![
         Control::NsMount,
         Control::NsPid,
@@ -133,6 +135,15 @@ pub fn demanded(template: &Template) -> Vec<Control> {
     if !template.filesystem.tmp_exec {
         controls.push(Control::MemfdNoexec);
     }
+    controls.extend(demanded_of_cgroup(template));
+    controls
+}
+
+/// Those of them that are its cgroup's.
+#[must_use]
+pub fn demanded_of_cgroup(template: &Template) -> Vec<Control> {
+    let limits = &template.limits;
+    let mut controls = Vec::new();
     for (control, limited) in [
         (Control::CgroupMemory, limits.memory.finite().is_some()),
         (Control::CgroupSwap, limits.swap.finite().is_some()),

@@ -43,10 +43,15 @@ pub fn in_force(
             controls.push(control);
         }
     }
-    if is_read_only(&fs::read_to_string(of("mountinfo"))?) {
+    let mounts = fs::read_to_string(of("mountinfo"))?;
+    // With what is ours in it.
+    if is_read_only(&mounts, "/") && is_read_only(&mounts, spec::SLOT_TARGET) {
         controls.push(Control::RootReadonly);
     }
     let status = fs::read_to_string(of("status"))?;
+    if !controls.contains(&Control::NsUser) && !is_nobody(&status) {
+        return Err(io::Error::other("the container's init is another user than it was to be"));
+    }
     controls.extend(by_status(&status, template));
     if rlimits_hold(&fs::read_to_string(of("limits"))?, &spec::rlimits(template)) {
         controls.push(Control::Rlimits);
@@ -69,14 +74,16 @@ pub fn has_tmp(pid: Pid) -> bool {
     fs::metadata(tmp).is_ok_and(|found| found.mode() & 0o7777 == 0o1777)
 }
 
-/// What the policy demands and isn't there.
+/// What is demanded and isn't there.
 #[must_use]
-pub fn lacking(template: &Template, in_force: &[Control]) -> Option<Control> {
+pub fn lacking(
+    template: &Template,
+    in_force: &[Control],
+    demanded: Vec<Control>,
+) -> Option<Control> {
     let best_effort =
         |control: &Control| template.best_effort.iter().any(|one| one.word() == control.word());
-    spec::demanded(template)
-        .into_iter()
-        .find(|control| !in_force.contains(control) && !best_effort(control))
+    demanded.into_iter().find(|control| !in_force.contains(control) && !best_effort(control))
 }
 
 fn by_status(status: &str, template: &Template) -> Vec<Control> {
@@ -101,13 +108,23 @@ fn by_status(status: &str, template: &Template) -> Vec<Control> {
     controls
 }
 
-/// Whether the mount at / is, proc_pid_mountinfo(5).
-fn is_read_only(mountinfo: &str) -> bool {
+/// Whether a process is nobody, in every way and in no other group.
+fn is_nobody(status: &str) -> bool {
+    let all_nobody = |name: &str| {
+        let ids = status.lines().find_map(|line| line.strip_prefix(name));
+        let nobody = spec::USER.to_string();
+        ids.is_some_and(|ids| ids.split_whitespace().all(|id| id == nobody))
+    };
+    ["Uid:", "Gid:", "Groups:"].into_iter().all(all_nobody)
+}
+
+/// Whether the mount at this place is, proc_pid_mountinfo(5).
+fn is_read_only(mountinfo: &str, place: &str) -> bool {
     // The last one lies over the others.
     let root = mountinfo.lines().rev().find_map(|line| {
         let mut fields = line.split(' ').skip(4);
         let (point, options) = (fields.next()?, fields.next()?);
-        (point == "/").then_some(options)
+        (point == place).then_some(options)
     });
     root.is_some_and(|options| options.split(',').any(|option| option == "ro"))
 }
@@ -148,11 +165,12 @@ mod tests {
     #[test]
     fn only_a_root_that_is_read_only_is_one() {
         let line = |options: &str| format!("30 25 0:26 / / {options} - overlay overlay rw\n");
-        assert!(is_read_only(&line("ro,relatime")));
-        assert!(!is_read_only(&line("rw,relatime")));
-        assert!(!is_read_only(&(line("ro") + &line("rw"))));
-        assert!(!is_read_only("31 30 0:5 / /dev ro - tmpfs tmpfs rw\n"));
-        assert!(!is_read_only(""));
+        assert!(is_read_only(&line("ro,relatime"), "/"));
+        assert!(!is_read_only(&line("ro,relatime"), "/run/dispatcher"));
+        assert!(!is_read_only(&line("rw,relatime"), "/"));
+        assert!(!is_read_only(&(line("ro") + &line("rw")), "/"));
+        assert!(!is_read_only("31 30 0:5 / /dev ro - tmpfs tmpfs rw\n", "/"));
+        assert!(!is_read_only("", "/"));
     }
 
     #[test]

@@ -99,7 +99,7 @@ impl Cgroup {
 /// `ID`, or systemd's `docker-ID.scope`.
 fn is_named(path: &Path, id: &str) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
-    !id.is_empty() && name.is_some_and(|name| name.contains(id))
+    !id.is_empty() && name.is_some_and(|name| name == id || name == format!("docker-{id}.scope"))
 }
 
 fn sources(layout: &Layout) -> Vec<Source> {
