@@ -133,9 +133,12 @@ fn default_profile_for_every_call_and_edge_value() {
 
 #[test]
 fn guards_hold_whatever_is_in_the_upper_half() {
+    let profiles = NETWORKS.map(|network| {
+        Profile::parse(&profile(&default_profile(), &options(network, true)).unwrap())
+    });
     let answers = |network, name: &str, args: &[u64]| {
-        let profile = profile(&default_profile(), &options(network, true)).unwrap();
-        let profile = Profile::parse(&profile);
+        let index = NETWORKS.iter().position(|one| *one == network).unwrap();
+        let profile = &profiles[index];
         let answer = |high: u64| {
             let mut all = [high; 6];
             all.iter_mut().zip(args).for_each(|(all, low)| *all |= low);
@@ -165,6 +168,15 @@ fn guards_hold_whatever_is_in_the_upper_half() {
     assert_eq!(none("memfd_create", &[0, 0]), errno(libc::EACCES));
     assert_eq!(none("memfd_create", &[0, libc::MFD_NOEXEC_SEAL.into()]), allowed);
     assert_eq!(none("unshare", &[]), (Answer::Kill, true));
+    // Nobody schedules init.
+    for name in ["sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"] {
+        assert_eq!(none(name, &[1]), eperm, "{name}");
+        assert_eq!((none(name, &[0]), none(name, &[7])), (allowed, allowed), "{name}");
+    }
+    assert_eq!(none("setpriority", &[0, 0, 5]), allowed);
+    for others in [[0, 1, 5], [1, 1, 5], [2, 0, 5]] {
+        assert_eq!(none("setpriority", &others), eperm, "{others:?}");
+    }
     for family in 0..50 {
         for (network, inet) in [(Network::None, false), (Network::Host, true)] {
             let given = family == 1 || (inet && (family == 2 || family == 10));
