@@ -343,8 +343,8 @@ fn not_executable(errno: i32) -> Summary {
         libc::ENOENT => {
             invalid("loader_missing", "the executable's loader or interpreter is not in the root")
         }
-        // The last two are of what it names as its loader.
-        libc::ENOEXEC | libc::ELIBBAD | libc::EINVAL | libc::EACCES | libc::EIO => {
+        // The last one is of what it names as its loader.
+        libc::ENOEXEC | libc::ELIBBAD | libc::EINVAL | libc::EACCES => {
             invalid("not_executable", "the artifact can't be executed")
         }
         libc::E2BIG => {

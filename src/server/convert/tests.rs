@@ -549,7 +549,7 @@ fn rows_of_calls_that_never_ran() {
         (refused(Refusal::Invalid { what: "x".into() }), Internal, Verdict::Failed, "internal"),
         (refused(step), Internal, Verdict::Failed, "internal"),
         (refused(away), Unavailable, Verdict::Refused, "docker_unavailable"),
-        (exec(libc::EIO), InvalidArgument, Verdict::Refused, "not_executable"),
+        (exec(libc::EACCES), InvalidArgument, Verdict::Refused, "not_executable"),
         (CallError::Internal("x".into()), Internal, Verdict::Failed, "internal"),
     ];
     for (error, code, verdict, reason) in others {
