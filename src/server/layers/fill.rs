@@ -130,7 +130,7 @@ impl Filler {
             at => {
                 let filling = at.rest()?;
                 let shared = Arc::clone(&self.shared);
-                spawn_blocking(move || Shift(&shared).work(filling));
+                spawn_blocking(move || Shift::new(&shared).work(filling));
             }
         }
         Ok(())
@@ -203,39 +203,47 @@ impl Shared {
 
 /// A thread's turn at putting pieces in: as long as there are some. Whichever way it
 /// ends, nobody waits for it any more.
-struct Shift<'a>(&'a Shared);
+struct Shift<'a> {
+    shared: &'a Shared,
+    /// It has said where the memfd is; from then on that is another shift's to say.
+    told: bool,
+}
 
-impl Shift<'_> {
-    fn work(self, mut filling: Filling) {
+impl<'a> Shift<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { shared, told: false }
+    }
+
+    fn work(mut self, mut filling: Filling) {
         loop {
-            let mut state = self.0.state();
+            let mut state = self.shared.state();
             let Some(mut piece) = state.waiting.pop_front() else {
                 state.filling = At::Rest(filling);
+                self.told = true;
                 return;
             };
             drop(state);
             let added = filling.add(&piece);
-            let mut state = self.0.state();
+            let mut state = self.shared.state();
             if let Err(error) = added {
                 state.filling = At::Failed(error);
+                self.told = true;
                 return;
             }
             piece.clear();
             state.spare.push(piece);
             drop(state);
-            self.0.progress.notify_one();
+            self.shared.progress.notify_one();
         }
     }
 }
 
 impl Drop for Shift<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        if matches!(state.filling, At::Work) {
-            state.filling = At::Failed(io::Error::other("it was left half done"));
+        if !self.told {
+            self.shared.state().filling = At::Failed(io::Error::other("it was left half done"));
         }
-        drop(state);
-        self.0.progress.notify_one();
+        self.shared.progress.notify_one();
     }
 }
 
@@ -292,7 +300,10 @@ mod tests {
         // A thread that ends in the middle, in whatever way.
         let filler = Fillers::new(1, 1, 10).begin(1000).unwrap().unwrap();
         filler.shared.state().filling = At::Work;
-        drop(Shift(&filler.shared));
+        // One that has told: the next one may be at work before it is quite gone.
+        drop(Shift { shared: &filler.shared, told: true });
+        assert!(matches!(filler.shared.state().filling, At::Work));
+        drop(Shift::new(&filler.shared));
         let error = filler.finish().await.unwrap_err();
         assert_eq!(error.to_string(), "it was left half done");
     }
