@@ -66,12 +66,7 @@ pub(crate) fn policy(name: &str) -> Policy {
         argv: Argv::Collector,
         output: OutputFormat::Status,
         limits: Limits::default(),
-        filesystem: Filesystem {
-            root: Root::Empty,
-            tmp: Some(Limit::At(64 << 20)),
-            tmp_exec: false,
-            binds: Vec::new(),
-        },
+        filesystem: filesystem(),
         network: Network::None,
         syscalls: SyscallPolicy::default(),
         keep_capabilities: Vec::new(),
@@ -144,12 +139,7 @@ pub(crate) fn template() -> Template {
         modes: vec![Mode::Jail, Mode::Container],
         best_effort: Vec::new(),
         limits: Limits::default(),
-        filesystem: Filesystem {
-            root: Root::Empty,
-            tmp: Some(Limit::At(64 << 20)),
-            tmp_exec: false,
-            binds: Vec::new(),
-        },
+        filesystem: filesystem(),
         network: Network::None,
         syscalls: crate::jail::seccomp::profile::default_profile(),
         keep_capabilities: Vec::new(),
@@ -158,5 +148,15 @@ pub(crate) fn template() -> Template {
         environment_allow: Vec::new(),
         interpreters: Vec::new(),
         container: Container::default(),
+    }
+}
+
+/// The built-in defaults'.
+fn filesystem() -> Filesystem {
+    Filesystem {
+        root: Root::Empty,
+        tmp: Some(Limit::At(64 << 20)),
+        tmp_exec: false,
+        binds: Vec::new(),
     }
 }

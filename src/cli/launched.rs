@@ -9,7 +9,7 @@ use crate::{
     container::message::ContainerConfig,
     execute::{Executors, launcher::Launcher},
     jail::{message::LauncherConfig, plan::TemplateSet},
-    monitor::{self, ContainersHandle},
+    monitor::{self, PrivateProcess},
 };
 
 /// What ends a command before its time.
@@ -70,12 +70,12 @@ pub(super) fn with_launcher<T>(
         };
         attach(&clients.launcher, launcher.take_server_socket())
             .map_err(|error| failed("the launcher's socket", error))?;
-        let socket = containers.as_mut().and_then(ContainersHandle::take_server_socket);
+        let socket = containers.as_mut().and_then(PrivateProcess::take_server_socket);
         attach(&clients.containers, socket)
             .map_err(|error| failed("the socket to dispatch-docker", error))?;
         Ok(work(clients, signals).await)
     });
-    if let Some(Err(error)) = containers.map(ContainersHandle::end) {
+    if let Some(Err(error)) = containers.map(PrivateProcess::end) {
         eprintln!("warning: {error}");
     }
     // Its runs and their cgroups go with it.
@@ -89,7 +89,7 @@ pub(super) fn with_launcher<T>(
 fn containers(
     settings: &LoadedConfig,
     templates: &TemplateSet,
-) -> Result<Option<ContainersHandle>, String> {
+) -> Result<Option<PrivateProcess>, String> {
     if !templates.containers {
         return Ok(None);
     }

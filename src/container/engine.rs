@@ -131,6 +131,14 @@ impl Engine {
         EngineError::Unavailable { socket: self.socket.display().to_string(), why: why.to_string() }
     }
 
+    /// An answer, its error in our words.
+    async fn answer<T>(&self, answer: Result<T, Error>) -> Result<T, EngineError> {
+        match answer {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.told(error).await),
+        }
+    }
+
     /// An error in our words. After one of the connection the next request begins anew:
     /// the Docker that comes back may be another version.
     async fn told(&self, error: Error) -> EngineError {
@@ -164,10 +172,8 @@ impl Engine {
         body: ContainerCreateBody,
     ) -> Result<String, EngineError> {
         let options = CreateContainerOptionsBuilder::default().name(name).build();
-        match self.docker().await?.create_container(Some(options), body).await {
-            Ok(created) => Ok(created.id),
-            Err(error) => Err(self.told(error).await),
-        }
+        let created = self.docker().await?.create_container(Some(options), body).await;
+        Ok(self.answer(created).await?.id)
     }
 
     /// Its streams; before it is started, lest anything be lost.
@@ -181,10 +187,9 @@ impl Engine {
             .stderr(true)
             .stream(true)
             .build();
-        match self.docker().await?.attach_container(id, Some(options)).await {
-            Ok(AttachContainerResults { output, input }) => Ok(Streams { output, input }),
-            Err(error) => Err(self.told(error).await),
-        }
+        let attached = self.docker().await?.attach_container(id, Some(options)).await;
+        let AttachContainerResults { output, input } = self.answer(attached).await?;
+        Ok(Streams { output, input })
     }
 
     /// Starts it; its entrypoint runs then.
@@ -192,10 +197,8 @@ impl Engine {
     /// # Errors
     /// As said.
     pub async fn start(&self, id: &str) -> Result<(), EngineError> {
-        match self.docker().await?.start_container(id, None).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.told(error).await),
-        }
+        let answered = self.docker().await?.start_container(id, None).await;
+        self.answer(answered).await
     }
 
     /// All about a container.
@@ -203,10 +206,8 @@ impl Engine {
     /// # Errors
     /// As said.
     pub async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, EngineError> {
-        match self.docker().await?.inspect_container(id, None).await {
-            Ok(found) => Ok(found),
-            Err(error) => Err(self.told(error).await),
-        }
+        let answered = self.docker().await?.inspect_container(id, None).await;
+        self.answer(answered).await
     }
 
     /// Gives it another name.
@@ -215,10 +216,8 @@ impl Engine {
     /// As said.
     pub async fn rename(&self, id: &str, name: &str) -> Result<(), EngineError> {
         let options = RenameContainerOptionsBuilder::default().name(name).build();
-        match self.docker().await?.rename_container(id, options).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.told(error).await),
-        }
+        let answered = self.docker().await?.rename_container(id, options).await;
+        self.answer(answered).await
     }
 
     /// Removes it with all that it made, whatever it is doing. One that is gone is fine.
@@ -227,12 +226,10 @@ impl Engine {
     /// As said.
     pub async fn remove(&self, id: &str) -> Result<(), EngineError> {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        match self.docker().await?.remove_container(id, Some(options)).await {
-            Ok(()) => Ok(()),
-            Err(error) => match self.told(error).await {
-                EngineError::Missing(_) => Ok(()),
-                error => Err(error),
-            },
+        let removed = self.docker().await?.remove_container(id, Some(options)).await;
+        match self.answer(removed).await {
+            Err(EngineError::Missing(_)) => Ok(()),
+            answer => answer,
         }
     }
 
@@ -243,10 +240,8 @@ impl Engine {
     pub async fn labelled(&self, label: &str) -> Result<Vec<(String, String)>, EngineError> {
         let filters: HashMap<_, _> = [("label", vec![label])].into();
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        let found = match self.docker().await?.list_containers(Some(options)).await {
-            Ok(found) => found,
-            Err(error) => return Err(self.told(error).await),
-        };
+        let listed = self.docker().await?.list_containers(Some(options)).await;
+        let found = self.answer(listed).await?;
         let one = |container: bollard::models::ContainerSummary| {
             Some((container.id?, container.labels?.remove(label)?))
         };
@@ -258,10 +253,8 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Missing`] where it doesn't hold it.
     pub async fn image(&self, name: &str) -> Result<ImageInspect, EngineError> {
-        match self.docker().await?.inspect_image(name).await {
-            Ok(found) => Ok(found),
-            Err(error) => Err(self.told(error).await),
-        }
+        let answered = self.docker().await?.inspect_image(name).await;
+        self.answer(answered).await
     }
 
     /// Imports an image of ours, if it isn't there.
@@ -303,9 +296,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let mut progress = std::pin::pin!(progress);
         while let Some(step) = progress.next().await {
-            if let Err(error) = step {
-                return Err(self.told(error).await);
-            }
+            self.answer(step).await?;
         }
         Ok(())
     }

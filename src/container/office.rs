@@ -2,8 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fs::File,
-    io::{self, Read as _, Seek as _},
+    io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Instant,
@@ -25,16 +24,11 @@ use crate::{
     jail::{
         check,
         message::{Exhausted, FromLauncher, FromServer, Launch, LaunchFds, Refusal, StopCause},
-        plan::{Control, Mode, Template, TemplateId, TemplateSet},
+        plan::{CONTAINER_MEMORY_MIN, Control, Mode, SETS_KEPT, Template, TemplateId, TemplateSet},
     },
     names::{Digest, Namespace, RunId},
 };
 
-/// Sets of policies that are kept: the current one, and superseded ones that a call may
-/// have been decided by a moment ago.
-const SETS_KEPT: usize = 4;
-/// Encoded size of a set that is still believed.
-const SET_MAX: u64 = 256 << 20;
 /// Words of the server's about one run that may wait.
 const STOPS: usize = 4;
 /// Descriptors that a run takes at most, and those that this process takes besides.
@@ -121,7 +115,7 @@ impl Office {
     /// # Errors
     /// What can't be read.
     pub fn load(&self, memory: OwnedFd) -> io::Result<()> {
-        let set = read_set(memory)?;
+        let set = TemplateSet::read(memory)?;
         let (digest, wanted) = (set.digest, set.containers);
         let mut templates = HashMap::new();
         for template in set.templates {
@@ -270,25 +264,12 @@ impl Office {
             );
             return Err(Refusal::ControlUnavailable { control: Control::Seccomp, why });
         }
-        if checked.memory.finite().is_some_and(|bytes| bytes < spec::MEMORY_MIN) {
+        if checked.memory.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
             let why = "Docker gives no limit below 6MiB: ask for more memory".to_owned();
             return Err(Refusal::ControlUnavailable { control: Control::CgroupMemory, why });
         }
         Ok(Task { launch, fds, checked, template, filter, is_current, received })
     }
-}
-
-fn read_set(memory: OwnedFd) -> io::Result<TemplateSet> {
-    let mut file = File::from(memory);
-    let size = file.metadata()?.len();
-    if size > SET_MAX {
-        let why = format!("policies of {size} bytes; at most {SET_MAX} are possible");
-        return Err(io::Error::other(why));
-    }
-    let mut bytes = Vec::new();
-    file.rewind()?;
-    file.take(SET_MAX).read_to_end(&mut bytes)?;
-    postcard::from_bytes(&bytes).map_err(io::Error::other)
 }
 
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {

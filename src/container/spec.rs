@@ -23,9 +23,6 @@ use crate::{
 /// Whom the program is, inside and (but for Docker's userns-remap) outside.
 pub const USER: u32 = 65_534;
 
-/// Bytes of memory; Docker takes no lower limit (`linuxMinMemory` of its daemon).
-pub const MEMORY_MIN: u64 = 6 << 20;
-
 /// Where [`super::slot`] is shown.
 pub const SLOT_TARGET: &str = "/run/dispatcher";
 

@@ -4,7 +4,16 @@
 //! into one [`Template`]; the launcher receives the whole [`TemplateSet`] in a
 //! sealed memfd that the server never touches.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    io::{self, Read as _, Seek as _},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +21,16 @@ use crate::{
     names::Digest,
     units::{Limit, MilliCpus},
 };
+
+/// Bytes of memory in container mode; Docker takes no lower limit (`linuxMinMemory` of
+/// its daemon).
+pub const CONTAINER_MEMORY_MIN: u64 = 6 << 20;
+
+/// Sets of policies that are kept where they are enforced: the current one, and superseded
+/// ones that a call may have been decided by a moment ago.
+pub const SETS_KEPT: usize = 4;
+/// Encoded size of a set that is still believed.
+const SET_MAX: u64 = 256 << 20;
 
 /// All templates of one load of the policy directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -22,6 +41,25 @@ pub struct TemplateSet {
     pub containers: bool,
     /// Every policy and variant.
     pub templates: Vec<Template>,
+}
+
+impl TemplateSet {
+    /// Reads what the monitor sent: postcard in a sealed memfd.
+    ///
+    /// # Errors
+    /// Those of read(2), and what can't be a set.
+    pub fn read(memory: OwnedFd) -> io::Result<Self> {
+        let mut file = File::from(memory);
+        let size = file.metadata()?.len();
+        if size > SET_MAX {
+            let why = format!("policies of {size} bytes; at most {SET_MAX} are possible");
+            return Err(io::Error::other(why));
+        }
+        let mut bytes = Vec::with_capacity(size as usize);
+        file.rewind()?;
+        file.take(SET_MAX).read_to_end(&mut bytes)?;
+        postcard::from_bytes(&bytes).map_err(io::Error::other)
+    }
 }
 
 /// Names a template within its set.

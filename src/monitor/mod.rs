@@ -12,7 +12,8 @@
 //! | `process`, `privilege` | starting a child, and what it gives up |
 //! | `compile` | the compiler of policies, both sides of it |
 //! | `listen` | the listening sockets |
-//! | `peer`, `launcher`, `containers` | talking to a child; one of one's own for `dispatcher run` |
+//! | `peer` | talking to a child |
+//! | `private` | a child of one's own, for `dispatcher run` |
 //! | `signals`, `watch`, `notify`, `storage`, `backoff` | what they say |
 //!
 //! Two deaths are prepared for. That of the monitor itself: each child asked
@@ -21,11 +22,10 @@
 
 mod backoff;
 pub mod compile;
-mod containers;
-mod launcher;
 mod listen;
 mod notify;
 mod peer;
+mod private;
 mod privilege;
 mod process;
 mod signals;
@@ -42,8 +42,7 @@ use std::{
     time::Instant,
 };
 
-pub use containers::{ContainersHandle, spawn_containers};
-pub use launcher::{LauncherHandle, instance, spawn_launcher};
+pub use private::{PrivateProcess, spawn_containers, spawn_launcher};
 
 use self::{
     compile::{Compilation, CompileError, Compiled},
@@ -67,7 +66,7 @@ use crate::{
 pub const SERVER: &str = "dispatch-serve";
 
 /// The launcher's name and argv[0].
-pub const LAUNCHER: &str = launcher::NAME;
+pub const LAUNCHER: &str = "dispatch-launch";
 
 /// The name and argv[0] of whoever has Docker's socket.
 pub const CONTAINERS: &str = container::process::NAME;
@@ -268,15 +267,13 @@ impl<'a> Monitor<'a> {
     }
 
     fn start_process(&mut self, role: Role) -> io::Result<()> {
-        let (slot, started) = match role {
-            Role::Launcher => (&mut self.launcher, launcher::start(&self.executable)?),
-            Role::Server => {
-                let started = start_server(&self.executable, self.server_id)?;
-                (&mut self.server, started)
-            }
-            Role::Containers => (&mut self.containers, containers::start(&self.executable)?),
-        };
+        let started = start(&self.executable, role, self.server_id)?;
         tracing::info!(pid = started.0.pid(), "{} started", name(role));
+        let slot = match role {
+            Role::Server => &mut self.server,
+            Role::Launcher => &mut self.launcher,
+            Role::Containers => &mut self.containers,
+        };
         *slot = Some(Peer::new(started)?);
         Ok(())
     }
@@ -394,18 +391,29 @@ impl<'a> Monitor<'a> {
     }
 }
 
-fn start_server(executable: &Executable, id: Option<u32>) -> io::Result<(Process, OwnedFd)> {
+/// Starts the process, the server as this user, and gives our end of its socket.
+fn start(
+    executable: &Executable,
+    role: Role,
+    server_id: Option<u32>,
+) -> io::Result<(Process, OwnedFd)> {
     let (ours, theirs) = sys::seqpacket_pair()?;
-    let process = Process::start(
-        executable,
-        &Spawn {
-            name: SERVER,
-            arguments: &[],
-            descriptors: &[theirs.as_fd()],
-            privilege: Privilege::None { id },
-        },
-    )?;
-    Ok((process, ours))
+    let privilege = match role {
+        Role::Server => Privilege::None { id: server_id },
+        Role::Launcher => Privilege::Kept,
+        // Docker's socket is root's, and so is what containers see of ours.
+        Role::Containers => Privilege::Bounded,
+    };
+    let descriptors = &[theirs.as_fd()];
+    let spawn = Spawn { name: name(role), arguments: &[], descriptors, privilege };
+    Ok((Process::start(executable, &spawn)?, ours))
+}
+
+/// A name for this dispatcher's cgroups that no other on this host has, and by
+/// which people find whose they are: the id of this process.
+#[must_use]
+pub fn instance() -> String {
+    std::process::id().to_string()
 }
 
 fn name(role: Role) -> &'static str {

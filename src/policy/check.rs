@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     jail::{
-        plan::{Mode, Network, Root},
+        plan::{CONTAINER_MEMORY_MIN, Mode, Network, Root},
         seccomp::deadly,
     },
     units::{Limit, Size},
@@ -20,9 +20,6 @@ use crate::{
 
 /// Most bytes of environment and arguments together.
 pub const ENVIRONMENT_MAX: usize = 128 << 10;
-
-/// Bytes; Docker refuses less (`linuxMinMemory` of its daemon).
-const DOCKER_MEMORY_MIN: u64 = 6 << 20;
 
 /// The largest reply that clients take by default is 4 MiB, its envelope included.
 const OUTPUT_COMFORTABLE: u64 = 39 * (1 << 20) / 10;
@@ -107,7 +104,7 @@ fn containers(holds: &Resolved, faults: &mut Vec<Fault>) {
         return;
     }
     let memory = &holds.limits.memory;
-    if memory.value.finite().is_some_and(|bytes| bytes < DOCKER_MEMORY_MIN) {
+    if memory.value.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
         let message = "limits.memory is less than the 6MiB that Docker gives at least";
         faults.push(Fault::new(
             &memory.place,

@@ -66,20 +66,25 @@ impl Cgroup {
     /// Most descriptors that one has open: its directory and a fresh peak.
     pub const DESCRIPTORS: usize = 2;
 
-    /// Makes the directories.
-    pub(super) fn make(hierarchy: &Hierarchy, name: &str) -> Result<Self, CgroupError> {
-        let mut cgroup = Self {
-            sources: Vec::new(),
-            unified: None,
+    /// Of these directories, of which nothing is known yet.
+    fn over(sources: Vec<Source>, unified: Option<OwnedFd>, features: values::Features) -> Self {
+        Self {
+            sources,
+            unified,
             enforced: Vec::new(),
-            features: hierarchy.features,
+            features,
             swap_by_absence: false,
             cpu_baseline: CpuUsage::default(),
             pids_before: 0,
             fresh_peak: None,
             limits: None,
             seen: Cell::default(),
-        };
+        }
+    }
+
+    /// Makes the directories.
+    pub(super) fn make(hierarchy: &Hierarchy, name: &str) -> Result<Self, CgroupError> {
+        let mut cgroup = Self::over(Vec::new(), None, hierarchy.features);
         for source in hierarchy.directories(name) {
             if let Err(error) = cgroup.add(source) {
                 cgroup.remove().ok();
@@ -95,18 +100,7 @@ impl Cgroup {
         sources.iter().for_each(|source| features.look(source.kind, &source.path));
         let unified = sources.iter().find(|source| source.kind.is_unified());
         let unified = unified.map(|source| open_directory(&source.path)).transpose()?;
-        let mut cgroup = Self {
-            sources,
-            unified,
-            enforced: Vec::new(),
-            features,
-            swap_by_absence: false,
-            cpu_baseline: CpuUsage::default(),
-            pids_before: 0,
-            fresh_peak: None,
-            limits: None,
-            seen: Cell::default(),
-        };
+        let mut cgroup = Self::over(sources, unified, features);
         cgroup.pids_before = cgroup.pids_peak().unwrap_or(0);
         cgroup.note_what_needs_no_limit();
         Ok(cgroup)

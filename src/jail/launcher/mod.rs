@@ -50,11 +50,6 @@ use crate::{
 
 /// The descriptor that the monitor left us.
 const MONITOR_FD: i32 = 3;
-/// Sets of policies that are kept: the current one, and superseded ones that a
-/// call may have been decided by a moment ago.
-const SETS_KEPT: usize = 4;
-/// Encoded size of a set that is still believed.
-const SET_MAX: u64 = 256 << 20;
 /// Answers that may wait for a server that doesn't read.
 const OUTBOX_MAX: usize = 65_536;
 /// Descriptors that runs leave to the launcher itself: what it has open for good, a

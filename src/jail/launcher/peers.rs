@@ -4,14 +4,12 @@ use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{
-    CROWD, FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, SET_MAX, SETS_KEPT, START_WORD, Source, log,
-};
+use super::{CROWD, FAREWELL, Launcher, LoadedSet, OUTBOX_MAX, START_WORD, Source, log};
 use crate::{
     jail::{
         decide::Prepared,
         message::{Exhausted, FromLauncher, FromMonitor, FromServer, Refusal, StopCause},
-        plan::{Mode, Template, TemplateSet},
+        plan::{Mode, SETS_KEPT, Template, TemplateSet},
     },
     names::Digest,
     sys,
@@ -52,7 +50,7 @@ impl Launcher {
     }
 
     pub(super) fn load_policies(&mut self, fd: OwnedFd) -> Result<Digest, String> {
-        let set = read_set(fd)?;
+        let set = TemplateSet::read(fd).map_err(|error| error.to_string())?;
         let digest = set.digest;
         let mut templates = HashMap::new();
         // Others are for containers alone.
@@ -226,16 +224,4 @@ impl Launcher {
             log(&format!("epoll: {error}"));
         }
     }
-}
-
-fn read_set(fd: OwnedFd) -> Result<TemplateSet, String> {
-    use std::io::{Read as _, Seek as _};
-    let mut file = std::fs::File::from(fd);
-    let size = file.metadata().map_err(|error| error.to_string())?.len();
-    if size > SET_MAX {
-        return Err(format!("the set is {size} bytes long; at most {SET_MAX} are possible"));
-    }
-    let mut bytes = Vec::with_capacity(size as usize);
-    file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|error| error.to_string())?;
-    postcard::from_bytes(&bytes).map_err(|error| error.to_string())
 }
