@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     env, fs,
+    io::{BufRead as _, BufReader},
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -60,9 +61,21 @@ pub fn outside_in(directory: &Path, name: &str, args: &[&str]) -> Outside {
 
 /// Starts a program outside in the background; it is killed when dropped.
 pub fn background(path: &Path, args: &[&str]) -> Background {
+    spawn(path, args, Stdio::null())
+}
+
+/// [`background`], and the first fact that the program tells; waits for it.
+pub fn background_telling(path: &Path, args: &[&str]) -> (Background, Facts) {
+    let mut background = spawn(path, args, Stdio::piped());
+    let mut line = String::new();
+    BufReader::new(background.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    (background, Facts::parse(&line))
+}
+
+fn spawn(path: &Path, args: &[&str], stdout: Stdio) -> Background {
     let mut command = Command::new(path);
     command.args(args).process_group(0);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null());
     Background(command.spawn().unwrap())
 }
 
