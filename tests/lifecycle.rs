@@ -277,7 +277,10 @@ fn the_monitors_death_is_the_end_of_all() {
         dispatcher.assert_no_processes(Duration::from_secs(1));
         assert!(gone(&name) && gone(&survivors));
         eprintln!("{namespace}: all gone {:?} after the monitor's death", started.elapsed());
-        running.finish().expect_err("the connection is gone");
+        // The server dies of the same cause as the launcher; it may live to say so.
+        if let Ok(reply) = running.finish() {
+            assert_eq!(reply.reason(), "launcher_lost", "{}", reply.summary());
+        }
         dispatcher.wait(Duration::from_secs(1));
         dispatcher.stop();
     }
@@ -317,6 +320,21 @@ fn holdings(dispatcher: &Dispatcher) -> [(Option<usize>, u64); 2] {
     })
 }
 
+/// What became more than chance explains.
+fn growth(before: [(Option<usize>, u64); 2], after: [(Option<usize>, u64); 2]) -> Vec<String> {
+    let mut grown = Vec::new();
+    for (index, name) in ["serve", "launch"].iter().enumerate() {
+        let ((fds_before, rss_before), (fds_after, rss_after)) = (before[index], after[index]);
+        if fds_after > fds_before.map(|count| count + 2) {
+            grown.push(format!("{name}: {fds_before:?} descriptors became {fds_after:?}"));
+        }
+        if rss_after >= rss_before + (24 << 20) {
+            grown.push(format!("{name}: {rss_before} bytes became {rss_after}"));
+        }
+    }
+    grown
+}
+
 /// Thousands of calls leave as many descriptors, cgroups and processes as before.
 #[test]
 fn nothing_adds_up() {
@@ -347,26 +365,29 @@ fn nothing_adds_up() {
         }
     };
     batch(total / 4);
-    let before = holdings(&dispatcher);
+    let mut before = holdings(&dispatcher);
     let (processes, cgroups) = (dispatcher.descendants().len(), dispatcher.cgroups().len());
     assert!(cgroups > 0, "its cgroups were found");
-    let started = Instant::now();
-    batch(total);
-    eprintln!("{total} calls in {:?}", started.elapsed());
 
-    let after = holdings(&dispatcher);
-    for (index, name) in ["serve", "launch"].iter().enumerate() {
-        let ((fds_before, rss_before), (fds_after, rss_after)) = (before[index], after[index]);
-        assert!(
-            fds_after <= fds_before.map(|count| count + 2),
-            "{name}: {fds_before:?} descriptors became {fds_after:?}: {:#?}",
-            dispatcher.process(&format!("dispatch-{name}")).descriptor_targets()
-        );
-        assert!(
-            rss_after < rss_before + (24 << 20),
-            "{name}: {rss_before} bytes became {rss_after}"
-        );
+    // What is kept for the next calls (roots, networks) is as much as was ever needed at
+    // once, so that a batch may add to it. What leaks adds up in every batch.
+    let mut grown = Vec::new();
+    for _ in 0..4 {
+        let started = Instant::now();
+        batch(total);
+        eprintln!("{total} calls in {:?}", started.elapsed());
+        let after = holdings(&dispatcher);
+        grown = growth(before, after);
+        before = after;
+        if grown.is_empty() {
+            break;
+        }
     }
+    assert!(
+        grown.is_empty(),
+        "{grown:?} after each batch; the launcher holds {:#?}",
+        dispatcher.process("dispatch-launch").descriptor_targets()
+    );
     wait_until("processes are as many as before", Duration::from_secs(10), || {
         dispatcher.descendants().len() <= processes
     });
