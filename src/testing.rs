@@ -148,6 +148,7 @@ pub(crate) fn template() -> Template {
         environment_allow: Vec::new(),
         interpreters: Vec::new(),
         container: Container::default(),
+        listens: false,
     }
 }
 

@@ -48,6 +48,7 @@ fn template() -> Template {
         environment_allow: vec![],
         interpreters: vec![],
         container: Default::default(),
+        listens: false,
     }
 }
 

@@ -180,6 +180,14 @@ impl Office {
                         let _ = stop.try_send(cause);
                     }
                 }
+                Ok(Some((FromServer::Connect { run, to }, _))) => {
+                    let result = Err(libc::EINVAL);
+                    server.tell(&FromLauncher::Connected { run, to, result });
+                }
+                Ok(Some((FromServer::Look { run }, _))) => {
+                    server.tell(&FromLauncher::Seen { run, sight: None });
+                }
+                Ok(Some((FromServer::Freeze { .. }, _))) => {}
                 Ok(None) => break,
                 Err(error) => {
                     warn!(%error, "the server can't be understood");

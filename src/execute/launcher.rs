@@ -207,7 +207,9 @@ impl Launcher {
                     });
                 }
                 FromLauncher::Released { run } => drop(self.aside().remove(&run)),
-                FromLauncher::Started { run, .. } => connection.deliver(run, message),
+                FromLauncher::Started { run, .. }
+                | FromLauncher::Connected { run, .. }
+                | FromLauncher::Seen { run, .. } => connection.deliver(run, message),
                 FromLauncher::Refused { run, .. } => {
                     connection.deliver(run, message);
                     drop(self.aside().remove(&run));

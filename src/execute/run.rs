@@ -269,7 +269,8 @@ async fn watch(
                     }
                     continue;
                 }
-                Some(FromLauncher::Ready { .. } | FromLauncher::Released { .. }) => continue,
+                // Not about a run, or what nobody asks of one that takes a single call.
+                Some(_) => continue,
             },
             () = until(answer_by) => {
                 if !launcher.give_up(registration) {

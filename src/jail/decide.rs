@@ -486,6 +486,7 @@ mod tests {
             environment_allow: vec![],
             interpreters: vec![],
             container: Default::default(),
+            listens: false,
         };
         Prepared::new(template, &facts(false, 1000)).unwrap()
     }

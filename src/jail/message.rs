@@ -62,7 +62,50 @@ pub enum FromServer {
         /// Why; becomes the verdict if nothing stopped it earlier.
         cause: StopCause,
     },
+    /// Connect to the service that a run is; answered by [`FromLauncher::Connected`].
+    /// Only for a run whose template [listens](super::plan::Template::listens).
+    Connect {
+        /// Which.
+        run: RunId,
+        /// To which of its sockets.
+        to: ServiceSocket,
+    },
+    /// Look at a running run; answered by [`FromLauncher::Seen`].
+    Look {
+        /// Which.
+        run: RunId,
+    },
+    /// Stop a run from using any processor time, or let it go on. Not answered; nothing
+    /// where the run's cgroup can't (it takes one of v2).
+    Freeze {
+        /// Which.
+        run: RunId,
+        /// Stop, or go on.
+        frozen: bool,
+    },
 }
+
+/// Where a service listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ServiceSocket {
+    /// At the socket that it inherited as descriptor 3.
+    Inherited,
+    /// At the path that it was told in [`SOCKET_VARIABLE`], which it bound by itself.
+    Own,
+}
+
+/// The environment variable that names the path at which a service may listen.
+pub const SOCKET_VARIABLE: &str = "GRPC_UNIX_SOCKET";
+
+/// That path in a jail or container: in a directory of the run's own, where nobody but
+/// its program can make anything. Direct mode has one on the host.
+pub const SERVICE_SOCKET: &str = "/run/grpc/service.sock";
+
+/// What a run whose template listens finds in its environment besides what the call
+/// memfd has, put there by who starts it: `LISTEN_FDS=1`, `LISTEN_FDNAMES=grpc`,
+/// `LISTEN_PID` with the program's own pid, sd_listen_fds(3), and [`SOCKET_VARIABLE`].
+pub const LISTEN_VARIABLES: [&str; 4] =
+    ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", SOCKET_VARIABLE];
 
 /// The descriptors of [`FromServer::Launch`], in order.
 #[derive(Debug)]
@@ -170,6 +213,25 @@ pub enum FromLauncher {
         /// How.
         end: Box<End>,
     },
+    /// An answer to [`FromServer::Connect`]. With one descriptor where it went well: a
+    /// connected stream socket that nobody else has.
+    Connected {
+        /// Which.
+        run: RunId,
+        /// To which of its sockets.
+        to: ServiceSocket,
+        /// errno(3): ENOENT for no such socket yet, ECONNREFUSED for one that nobody listens
+        /// at, EAGAIN for one with a full queue, EPERM for one that is not the run's, ESRCH
+        /// for no such run, EINVAL for one that doesn't listen.
+        result: Result<(), i32>,
+    },
+    /// An answer to [`FromServer::Look`].
+    Seen {
+        /// Which.
+        run: RunId,
+        /// What was seen; `None` for no such run, or one whose program wasn't started.
+        sight: Option<Box<Sight>>,
+    },
     /// What was left of a quarantined run is gone; it no longer counts.
     Released {
         /// Which.
@@ -267,6 +329,23 @@ pub enum Oom {
     Own,
     /// By the host's, or by a cgroup above.
     Host,
+}
+
+/// What there is to see of a run that runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sight {
+    /// Controls that are in force.
+    pub enforced: Vec<Control>,
+    /// Container mode: the OCI runtime that the policy names.
+    pub runtime: Option<String>,
+    /// CPU time of the whole tree so far.
+    pub user: Duration,
+    /// CPU time of the whole tree so far.
+    pub system: Duration,
+    /// Peak memory of the whole tree so far, in bytes.
+    pub memory_peak: u64,
+    /// Peak tasks so far, init excluded.
+    pub pids_peak: u32,
 }
 
 /// A finished run.

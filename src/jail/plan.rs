@@ -100,6 +100,10 @@ pub struct Template {
     pub interpreters: Vec<String>,
     /// What container mode runs in.
     pub container: Container,
+    /// Whether its runs are gRPC services, that take calls for as long as they live: they
+    /// have a listening socket as descriptor 3 and a directory to bind one of their own in.
+    /// `timeout` and `cpu_time` are then not of the run: the first is of each call.
+    pub listens: bool,
 }
 
 /// The policy's `[container]`.

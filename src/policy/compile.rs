@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::{
-    Admission, Artifacts, Instances, Policy, PolicyFamily, PolicySet, check,
+    Admission, Artifacts, Instances, Policy, PolicyFamily, PolicySet, Protocol, check,
     directory::{policy_name, policy_path, profile_path, read_policies, read_text},
     fault::{Fault, Place, tidy},
     named_or_nobody, profile,
@@ -284,6 +284,7 @@ fn template(policy: &Policy, user: Option<HostUser>) -> Template {
         environment_allow: policy.environment_allow.clone(),
         interpreters: policy.artifacts.interpreters.clone(),
         container: policy.container.clone(),
+        listens: policy.protocol == Protocol::Grpc,
     }
 }
 

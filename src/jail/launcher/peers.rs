@@ -162,6 +162,12 @@ impl Launcher {
                     self.with_run(serial, |run| run.stop(cause, now));
                 }
             }
+            FromServer::Connect { run, to } => {
+                let result = Err(libc::EINVAL);
+                self.tell(&FromLauncher::Connected { run, to, result });
+            }
+            FromServer::Look { run } => self.tell(&FromLauncher::Seen { run, sight: None }),
+            FromServer::Freeze { .. } => {}
         }
     }
 
