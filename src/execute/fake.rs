@@ -160,6 +160,7 @@ fn serve(
                 let socket = Arc::clone(socket);
                 thread::spawn(move || perform(&socket, &launch, program, behaviour, &stop));
             }
+            FromServer::Connect { .. } | FromServer::Look { .. } | FromServer::Freeze { .. } => {}
         }
     }
 }
