@@ -111,6 +111,7 @@ impl Launcher {
                     return Outcome::Ended { end, stdout, stderr };
                 }
                 FromLauncher::Ready { .. } | FromLauncher::Released { .. } => {}
+                other => panic!("nobody asked for {other:?}"),
             }
         }
     }
