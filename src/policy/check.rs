@@ -229,11 +229,20 @@ fn instances(holds: &instances::Resolved, faults: &mut Vec<Fault>) {
     }
 }
 
+/// What means nothing to a service.
 fn grpc(holds: &Resolved, warnings: &mut Vec<Fault>) {
-    let protocol = &holds.call.protocol;
-    if protocol.value == Protocol::Grpc {
-        let message = "protocol \"grpc\" isn't built yet: such calls are answered UNIMPLEMENTED";
-        warnings.push(Fault::new(&protocol.place, message, "write \"exec\" until then"));
+    if holds.call.protocol.value != Protocol::Grpc {
+        return;
+    }
+    let cpu_time = &holds.limits.cpu_time.place;
+    if cpu_time.is_written() {
+        let message = "limits.cpu_time doesn't apply with protocol \"grpc\": an instance lives on";
+        warnings.push(Fault::new(cpu_time, message, "limit each call by timeout, and cpus"));
+    }
+    let min = &holds.instances.min;
+    if min.value > 0 && holds.artifacts.digests.value.values().is_empty() {
+        let message = "instances.min is for executables that the policy names, and it names none";
+        warnings.push(Fault::new(&min.place, message, "list them in [artifacts] digests"));
     }
 }
 

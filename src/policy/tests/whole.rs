@@ -196,7 +196,8 @@ fn surprising_policies_are_warned_about() {
         ("[limits]\noutput = \"4MiB\"", "2:10: limits.output is above 3.9MiB"),
         ("[limits]\noutput = \"unlimited\"", "2:10: limits.output is above"),
         ("[service.\"a/b\"]\nlimits = { output = \"5MiB\" }", "2:21: limits.output is above"),
-        ("protocol = \"grpc\"", "1:12: protocol \"grpc\" isn't built yet"),
+        ("protocol = \"grpc\"\nlimits.cpu_time = \"5s\"", "2:19: limits.cpu_time doesn't apply"),
+        ("protocol = \"grpc\"\ninstances.min = 1", "2:17: instances.min is for executables"),
         (
             "[artifacts]\ninterpreters = [\"/bin/sh\"]",
             "2:17: artifacts.interpreters has \"/bin/sh\"",
@@ -208,6 +209,7 @@ fn surprising_policies_are_warned_about() {
     }
     for content in [
         "[limits]\noutput = \"3.9MiB\"",
+        "protocol = \"grpc\"",
         "[filesystem]\nroot = \"host\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]",
         "mode = \"direct\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]",
         "[filesystem]\nbind = [{ source = \"/opt/py\", target = \"/py\" }]\n\
