@@ -13,6 +13,7 @@ use super::{
 use crate::{
     jail::{
         plan::{CONTAINER_MEMORY_MIN, Mode, Network, Root},
+        root,
         seccomp::deadly,
     },
     units::{Limit, Size},
@@ -33,6 +34,7 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
     containers(holds, &mut faults);
     services(holds, &mut faults);
     binds(holds, &mut faults);
+    service_binds(policy, &mut faults);
     syscalls(holds, &mut faults);
     environment(holds, &mut faults);
     instances(&holds.instances, &mut faults);
@@ -190,6 +192,26 @@ fn binds(holds: &Resolved, faults: &mut Vec<Fault>) {
                 message,
                 "write tmp = \"none\", or another target",
             ));
+        }
+    }
+}
+
+/// A service's own socket is in a directory that nothing may cover.
+fn service_binds(policy: &Effective, faults: &mut Vec<Fault>) {
+    let overrides = policy.overrides.iter().map(|special| &special.resolved);
+    let mut all = std::iter::once(&policy.resolved).chain(overrides);
+    if all.all(|holds| holds.call.protocol.value != Protocol::Grpc) {
+        return;
+    }
+    let directory = root::service_directory();
+    for bind in &policy.resolved.filesystem.bind.value.items {
+        if bind.value.target.starts_with(directory) {
+            let target = bind.value.target.display();
+            let message = format!(
+                "filesystem.bind has the target \"{target}\", where protocol \"grpc\" has a socket"
+            );
+            let help = format!("write a target outside of {}", directory.display());
+            faults.push(Fault::new(&bind.place, message, help));
         }
     }
 }

@@ -178,6 +178,27 @@ fn container_mode_refuses_what_docker_cannot_do() {
 }
 
 #[test]
+fn nothing_is_bound_where_a_service_has_its_socket() {
+    let bound = |target: &str, rest: &str| {
+        faults_of(&format!(
+            "{rest}\n[filesystem]\nbind = [{{ source = \"/srv\", target = \"{target}\" }}]\n"
+        ))
+    };
+    let grpc = "protocol = \"grpc\"";
+    let special = "service.\"a.B/*\" = { protocol = \"grpc\" }";
+    for rest in [grpc, special] {
+        for target in ["/run/grpc", "/run/grpc/inside"] {
+            let faults = bound(target, rest);
+            assert_eq!(faults.len(), 1, "{target} {faults:?}");
+            assert!(faults[0].starts_with("3:9: filesystem.bind has the target"), "{faults:?}");
+        }
+        assert_eq!(bound("/run/grpc2", rest), [""; 0]);
+    }
+    // Others have nothing there.
+    assert_eq!(bound("/run/grpc", ""), [""; 0]);
+}
+
+#[test]
 fn a_wrong_mode_makes_no_further_faults() {
     let faults = faults_of("mode = \"dircet\"\n[identity]\nuser = \"alice\"\n");
     assert_eq!(faults.len(), 1, "{faults:?}");
