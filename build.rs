@@ -12,6 +12,13 @@ use std::{
 
 const PROTOS: [&str; 3] = ["common.proto", "dispatcher.proto", "registry.proto"];
 
+/// gRPC services for `protocol = "grpc"`: the example's and the tests'. No part of the crate,
+/// but the example and the tests are targets of this package, and find them in `OUT_DIR`.
+const SERVICES: [(&str, &str, &str); 2] = [
+    ("examples/greeter", "helloworld.proto", "helloworld.bin"),
+    ("tests/programs", "service.proto", "service.bin"),
+];
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(PROTOS, ["proto"])?;
@@ -24,6 +31,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         // Binaries of 128 MiB pass through: keep them as slices of the receive buffer.
         .bytes(".collector")
         .compile_fds(descriptors)?;
+
+    for (directory, proto, descriptors) in SERVICES {
+        println!("cargo:rerun-if-changed={directory}/{proto}");
+        let compiled = protox::compile([proto], [directory])?;
+        fs::write(out.join(descriptors), encode(&compiled))?;
+        tonic_prost_build::configure().bytes(".test").compile_fds(compiled)?;
+    }
 
     compile_container_init(&out)?;
     record_commit();

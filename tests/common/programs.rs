@@ -26,8 +26,15 @@ const PROGRAMS: [(&str, &str, &[&str]); 10] = [
     ("leave", "leave.c", &["-static"]),
     ("fill", "fill.c", &["-static"]),
     ("serve", "serve.c", &["-static"]),
+    ("hostile", "hostile.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
+];
+
+/// gRPC services: examples of this package by their names, and what they are made of.
+const SERVICES: [(&str, &[&str]); 2] = [
+    ("service", &["tests/programs/service.rs", "tests/programs/service.proto"]),
+    ("greeter", &["examples/greeter/main.rs", "examples/greeter/helloworld.proto"]),
 ];
 
 /// Where the compiled program is.
@@ -120,7 +127,38 @@ fn prepare() -> PathBuf {
     for (name, source, flags) in PROGRAMS {
         build(&target, name, source, flags);
     }
+    for (name, sources) in SERVICES {
+        build_service(&target, name, sources);
+    }
     target
+}
+
+/// Builds an example static: of all that it needs, most is compiled already, for the tests.
+fn build_service(target: &Path, name: &str, sources: &[&str]) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
+    let output = target.join(name);
+    let newer = |built, path: &str| built > modified(&root.join(path)).unwrap();
+    let of = [sources, &["Cargo.lock", "build.rs"]].concat();
+    if modified(&output).is_ok_and(|built| of.iter().all(|path| newer(built, path))) {
+        return;
+    }
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["rustc", "--locked", "--quiet", "--example", name]).current_dir(root);
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    if profile == "release" {
+        cargo.arg("--release");
+    }
+    let directory = target.parent().unwrap();
+    cargo.arg("--target-dir").arg(directory);
+    // Not by RUSTFLAGS, which would be for all that it needs, and build all of it again.
+    cargo.args(["--", "-Ctarget-feature=+crt-static", "-Cstrip=symbols"]);
+    let built = cargo.output().expect("cargo runs");
+    let error = String::from_utf8_lossy(&built.stderr);
+    assert!(built.status.success(), "cannot build {name}: {error}");
+    let unfinished = target.join(format!("{name}.new"));
+    fs::copy(directory.join(profile).join("examples").join(name), &unfinished).unwrap();
+    fs::rename(unfinished, output).unwrap();
 }
 
 fn build(target: &Path, name: &str, source: &str, flags: &[&str]) {
