@@ -465,6 +465,7 @@ fn message(nonce: [u8; NONCE_LEN], task: &Task) -> io::Result<Vec<u8>> {
         arguments: task.launch.argc,
         environment: task.launch.envc,
         strings_len: u32::try_from(strings.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        listens: false,
     };
     let mut message = header.encode().to_vec();
     message.extend_from_slice(&strings);
