@@ -16,7 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 9] = [
+const PROGRAMS: [(&str, &str, &[&str]); 10] = [
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
@@ -25,6 +25,7 @@ const PROGRAMS: [(&str, &str, &[&str]); 9] = [
     ("attack", "attack.c", &["-static"]),
     ("leave", "leave.c", &["-static"]),
     ("fill", "fill.c", &["-static"]),
+    ("sockets", "sockets.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
 ];
