@@ -16,7 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 11] = [
+const PROGRAMS: [(&str, &str, &[&str]); 12] = [
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
@@ -27,6 +27,7 @@ const PROGRAMS: [(&str, &str, &[&str]); 11] = [
     ("fill", "fill.c", &["-static"]),
     ("serve", "serve.c", &["-static"]),
     ("hostile", "hostile.c", &["-static"]),
+    ("sockets", "sockets.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
 ];
