@@ -17,6 +17,8 @@ pub enum Section {
     Large,
     /// Many jails at once
     Alive,
+    /// A gRPC service, beside the same server called straight
+    Services,
 }
 
 /// Measures jailed calls beside bare spawns and other sandboxes.
@@ -25,7 +27,7 @@ pub struct Args {
     /// What to measure; everything unless told
     #[arg(value_enum)]
     sections: Vec<Section>,
-    /// Where the compiled `ok` and `nap` are
+    /// Where the compiled `ok`, `nap` and `greeter` are
     #[arg(long, value_name = "DIR")]
     pub programs: Option<PathBuf>,
     /// The dispatcher to measure
@@ -52,7 +54,7 @@ pub struct Args {
     /// Jails of `alive`
     #[arg(long, default_value_t = 1000)]
     pub alive: usize,
-    /// Rounds of `large`
+    /// Rounds of `large`; five times as many services are started
     #[arg(long, default_value_t = 10)]
     pub large_rounds: usize,
     /// Very few rounds of everything: whether it works, not how fast

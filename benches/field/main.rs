@@ -13,6 +13,7 @@ mod machine;
 mod report;
 mod rivals;
 mod server;
+mod services;
 mod sleepers;
 mod stats;
 mod svg;
@@ -61,6 +62,9 @@ fn measure(args: &Args) -> Outcome {
     }
     if args.wants(Section::Large) {
         large::measure(args, &mut report)?;
+    }
+    if args.wants(Section::Services) {
+        services::measure(args, &mut report)?;
     }
     if args.wants(Section::Alive) {
         alive::measure(args, &mut report)?;

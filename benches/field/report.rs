@@ -11,6 +11,7 @@ use crate::{
     large::Large,
     latency::Breakdown,
     machine::Machine,
+    services::Services,
     stats::Summary,
     throughput::CALLERS,
 };
@@ -26,6 +27,7 @@ pub struct Report {
     pub idle: Option<Idle>,
     pub large: Option<Large>,
     pub alive: Option<Alive>,
+    pub services: Option<Services>,
     pub goals: Vec<Goal>,
 }
 
@@ -73,8 +75,8 @@ impl Report {
     /// Without any figure yet.
     pub fn new(machine: Machine) -> Self {
         let (contestants, absent, breakdown, goals) = Default::default();
-        let (idle, large, alive) = Default::default();
-        Self { machine, contestants, absent, breakdown, idle, large, alive, goals }
+        let (idle, large, alive, services) = Default::default();
+        Self { machine, contestants, absent, breakdown, idle, large, alive, services, goals }
     }
 
     /// Everybody who takes part, and who doesn't.
@@ -142,6 +144,18 @@ impl Report {
                 text,
                 "{jails} jails alive at once: {kib_per_jail:.0} KiB of the host each, \
                  begun in {seconds_to_begin:.1} s, gone in {seconds_to_end:.1} s"
+            );
+        }
+        if let Some(services) = &self.services {
+            let Services { straight, warm, bare_start, cold, .. } = services;
+            let [straight, warm, bare, cold] =
+                [straight, warm, bare_start, cold].map(|one| one.p50_ms);
+            let Services { callers, straight_per_s, warm_per_s, .. } = services;
+            let _ = writeln!(
+                text,
+                "a gRPC service, p50 in ms: straight {straight:.3}, by the dispatcher {warm:.3}; \
+                 started bare {bare:.1}, by the dispatcher {cold:.1}; \
+                 {callers} callers: {straight_per_s:.0} and {warm_per_s:.0} per s"
             );
         }
         text

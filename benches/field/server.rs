@@ -46,7 +46,8 @@ impl Server {
         // It goes when we go, whatever ends us.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM"]).arg(&args.dispatcher);
-        command.args(["serve", "--listen", "127.0.0.1:0", "--config"]);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--listen"]);
+        command.arg(format!("unix:{}", base.join("socket").display())).arg("--config");
         command.arg(base.join("dispatcher.toml")).current_dir(base);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(base.join("log"))?);
         let child = command.spawn().map_err(|error| format!("setpriv: {error}"))?;
@@ -58,6 +59,11 @@ impl Server {
     /// The pid of its first process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Where it listens as well.
+    pub fn socket(&self) -> std::path::PathBuf {
+        self.directory.path().join("socket")
     }
 
     fn listening(&mut self) -> Outcome<String> {

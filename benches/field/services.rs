@@ -1,7 +1,6 @@
 //! A gRPC service by the dispatcher, beside the same server called straight over a socket.
 
 use std::{
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -9,7 +8,6 @@ use std::{
 
 use dispatcher::wire::{ServeRequest, status::Code};
 use hyper_util::rt::TokioIo;
-use nix::sys::{prctl, signal::Signal};
 use prost::Message as _;
 use serde::Serialize;
 use tokio::net::UnixStream;
@@ -105,10 +103,6 @@ impl Bare {
         let mut command = Command::new(program);
         command.env("GRPC_UNIX_SOCKET", directory.path().join("socket"));
         command.stdin(Stdio::null());
-        // SAFETY: prctl(2) alone.
-        unsafe {
-            command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGKILL)?));
-        }
         Ok(Self { child: command.spawn()?, directory })
     }
 
