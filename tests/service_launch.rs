@@ -322,32 +322,30 @@ fn processor_time_is_not_limited_and_a_timeout_is_still_kept() {
     instance.stop();
 }
 
-/// Whether its processor time stands still over a time in which it would not.
-fn stands_still(instance: &Instance<'_>) -> bool {
-    let before = instance.used();
-    let since = Instant::now();
-    while since.elapsed() < Duration::from_millis(200) {
-        if instance.used() > before {
-            return false;
-        }
-    }
-    true
+/// Whether its processor time stands still while another, that spins as it does, uses some.
+fn stands_still(instance: &Instance<'_>, other: &Instance<'_>) -> bool {
+    let (before, since) = (instance.used(), other.used());
+    wait_until("the other's time goes on", LIMIT, || {
+        other.used() > since + Duration::from_millis(200)
+    });
+    instance.used() == before
 }
 
 #[test]
 fn a_frozen_run_uses_no_time_and_goes_on_where_it_was() {
     let services = Services::start();
     for mode in MODES {
-        let instance = services.instance(mode);
+        let (instance, other) = (services.instance(mode), services.instance(mode));
         instance.has("spin");
+        other.has("spin");
         let runs = || {
             let before = instance.used();
             wait_until("its time goes on", LIMIT, || instance.used() > before);
         };
         runs();
-        assert!(!stands_still(&instance));
+        assert!(!stands_still(&instance, &other));
         instance.freeze(true);
-        wait_until("it stands still", LIMIT, || stands_still(&instance));
+        wait_until("it stands still", LIMIT, || stands_still(&instance, &other));
         // It can be connected to, and answers when it goes on.
         let mut stream = instance.connect(ServiceSocket::Inherited).unwrap();
         stream.write_all(b"hello\n").unwrap();
@@ -357,6 +355,7 @@ fn a_frozen_run_uses_no_time_and_goes_on_where_it_was() {
         assert_eq!(answer, "inherited ok\n");
         runs();
         instance.stop();
+        other.stop();
     }
 }
 
@@ -385,10 +384,12 @@ fn a_frozen_run_dies_as_any_other() {
             [("stop", stop), ("server", server), ("monitor", monitor), ("kill", killed)]
         {
             let mut services = Services::start();
-            let instance = services.instance(mode);
+            let (instance, other) = (services.instance(mode), services.instance(mode));
             instance.has("spin");
+            other.has("spin");
             instance.freeze(true);
-            wait_until("it stands still", LIMIT, || stands_still(&instance));
+            wait_until("it stands still", LIMIT, || stands_still(&instance, &other));
+            other.stop();
             let Instance { run, stdout, .. } = instance;
             let asked = Instant::now();
             kill(&mut services.launcher, run);
@@ -447,10 +448,22 @@ fn every_root_has_a_place_for_the_socket() {
     try_root(directory());
     make("run/grpc");
     try_root(directory());
-    fs::remove_dir_all(root.path().join("run")).unwrap();
-    std::os::unix::fs::symlink("/tmp", root.path().join("run")).unwrap();
+    // What is put there later is there in the next jail, also in one that is built ahead.
     let mut template = template();
     template.filesystem.root = directory();
+    let services = Services::start_with(template.clone());
+    for round in 0..4 {
+        let name = format!("run/{round}");
+        fs::write(root.path().join(&name), "").unwrap();
+        let instance = services.instance(Mode::Jail);
+        let see = |path: &str| instance.ask(ServiceSocket::Inherited, &format!("see {path}"));
+        assert_eq!(see(&format!("/{name}")), "inherited ok");
+        assert_eq!(see("/run/none"), "inherited ENOENT");
+        instance.stop();
+    }
+    drop(services);
+    fs::remove_dir_all(root.path().join("run")).unwrap();
+    std::os::unix::fs::symlink("/tmp", root.path().join("run")).unwrap();
     let services = Services::start_with(template);
     let serve = programs::bytes("serve");
     services.launcher.launch(&launch(Mode::Jail, 0), &["serve"], &serve, &mut Io::new());

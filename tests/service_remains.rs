@@ -83,7 +83,10 @@ fn a_direct_runs_directory_goes_with_all_that_is_in_it() {
         deep.push("d");
         instance.has(&format!("directory {}", deep.display()));
     }
-    instance.has(&format!("lock {}", deep.display()));
+    // The deepest first: they are reached through the others.
+    for closed in deep.ancestors().take(40) {
+        instance.has(&format!("lock {}", closed.display()));
+    }
     instance.has(&format!("directory {}/other", directory.display()));
     instance.stop();
     wait_until("it is gone", LIMIT, || {
@@ -254,4 +257,32 @@ fn a_server_that_does_not_listen_takes_no_more_than_there_is() {
         assert!(after <= before, "{before} before, {:#?}", launcher.descriptor_targets());
     }
     instance.stop();
+}
+
+/// Only what runs is frozen: a jail that is being built goes on, and so does its call.
+#[test]
+fn a_run_that_is_being_built_is_not_frozen() {
+    let services = Services::start();
+    let launcher = Pid::from_child(&services.launcher.child);
+    let signal = |signal| rustix::process::kill_process(launcher, signal).unwrap();
+    for mode in MODES {
+        let launch = launch(mode, 1);
+        let mut io = Io::new();
+        // It finds both at once: none of this kind waits yet, so that one is built.
+        signal(Signal::STOP);
+        services.launcher.launch(&launch, &["serve", PATH], &programs::bytes("serve"), &mut io);
+        let freeze = FromServer::Freeze { run: launch.run, frozen: true };
+        send(services.launcher.server.as_ref().unwrap(), &freeze, &[]);
+        signal(Signal::CONT);
+        assert!(matches!(services.launcher.next(), FromLauncher::Started { .. }), "{mode}");
+        wait_until("it can be talked with", LIMIT, || {
+            instance::connect(&services.launcher, launch.run, ServiceSocket::Inherited).is_ok()
+        });
+        // And goes on, as its use of processors tells: it says what it finds.
+        let mut text = String::new();
+        let mut stdout = std::io::BufReader::new(fs::File::from(io.stdout.0));
+        while !text.ends_with("ready=1\n") {
+            assert_ne!(std::io::BufRead::read_line(&mut stdout, &mut text).unwrap(), 0, "{text}");
+        }
+    }
 }

@@ -92,7 +92,9 @@ impl Ahead {
         };
         // Without the lock: what is shown may be slow to look at.
         while let Some(one) = waiting {
-            if one.container.waits() && one.shown == root::seen(&task.template.filesystem) {
+            if one.container.waits()
+                && one.shown == root::seen(&task.template.filesystem, task.template.listens)
+            {
                 return Some((one.container, one.streams));
             }
             waiting = self.lock().by_key.get_mut(&key(task))?.waiting.pop_front();
@@ -206,7 +208,7 @@ impl Making {
         // Calls that wait for theirs come first.
         let Some(_turn) = maker.stock_turn().await else { return };
         // Before it is made: what changes meanwhile is a change.
-        let shown = root::seen(&like.template.filesystem);
+        let shown = root::seen(&like.template.filesystem, like.template.listens);
         let made = maker.make(&like.template, &like.filter, &like.launch, None, &checked).await;
         let mut shelves = self.ahead.lock();
         // Where nobody wants it any more, it is removed.

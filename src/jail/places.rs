@@ -230,7 +230,10 @@ impl Base {
             let path = parent.join(format!("{PREFIX}{}", &id[..NAME_LEN.min(id.len())]));
             rustix::fs::mkdir(&path, Mode::RWXU)?;
             // A sweep may have been quicker.
-            let Ok(directory) = lock(CWD, &path) else { continue };
+            let Ok(directory) = lock(CWD, &path) else {
+                rustix::fs::rmdir(&path).ok();
+                continue;
+            };
             let Ok(named) = rustix::fs::lstat(&path) else { continue };
             let held = rustix::fs::fstat(&directory)?;
             if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino) {
@@ -259,7 +262,7 @@ impl Base {
             let flags = AtFlags::SYMLINK_NOFOLLOW;
             rustix::fs::chownat(&self.directory, name, Some(uid), Some(gid), flags)?;
         }
-        open_path(self.directory.as_fd(), name)
+        Ok(open_path(self.directory.as_fd(), name)?)
     }
 
     fn dissolve(&mut self) -> io::Result<()> {
@@ -318,20 +321,16 @@ impl Clearing<'_> {
             let up = self.base.next;
             self.base.next += 1;
             let up = CString::new(format!("{up:x}")).unwrap_or_default();
-            rustix::fs::renameat(within, name, &self.base.directory, &up)?;
+            // Its parent is written into it.
+            unlocked(within, name, || {
+                rustix::fs::renameat(within, name, &self.base.directory, &up)
+            })?;
             self.moved.push(up);
             return Ok(());
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let inner = match rustix::fs::openat(within, name, flags, Mode::empty()) {
-            // One's own can be closed to oneself; root isn't kept out. That a link may have
-            // taken its place harms nobody but the same user, whose file gets a mode.
-            Err(Errno::ACCESS) => {
-                rustix::fs::chmodat(within, name, Mode::RWXU, AtFlags::empty())?;
-                rustix::fs::openat(within, name, flags, Mode::empty())?
-            }
-            opened => opened?,
-        };
+        let inner =
+            unlocked(within, name, || rustix::fs::openat(within, name, flags, Mode::empty()))?;
         self.empty(Some(inner.as_fd()), depth - 1)?;
         unlink(self, AtFlags::REMOVEDIR)
     }
@@ -347,6 +346,27 @@ impl Clearing<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// What one may do to a directory of one's own, also where that is closed to oneself: then it
+/// is opened first. By a descriptor: a link may be there by now.
+fn unlocked<T>(
+    within: BorrowedFd<'_>,
+    name: &CStr,
+    act: impl Fn() -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    match act() {
+        Err(Errno::ACCESS) => {
+            let closed = open_path(within, name)?;
+            if FileType::from_raw_mode(rustix::fs::fstat(&closed)?.st_mode) != FileType::Directory {
+                return Err(Errno::NOTDIR);
+            }
+            // fchmod(2) takes no descriptor that is but a path.
+            rustix::fs::chmod(format!("/proc/self/fd/{}", closed.as_raw_fd()), Mode::RWXU)?;
+            act()
+        }
+        result => result,
     }
 }
 
@@ -383,9 +403,9 @@ fn lock(directory: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
 }
 
 /// What has this name, itself, to refer to it.
-fn open_path(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
+fn open_path(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(directory, name, flags, Mode::empty())?)
+    rustix::fs::openat(directory, name, flags, Mode::empty())
 }
 
 /// Whether it is a socket.

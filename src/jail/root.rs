@@ -162,9 +162,9 @@ pub struct Seen {
 }
 
 /// Every host path that [`decide`] goes by: as long as this stays the same, so does
-/// what it decides.
+/// what it decides; `listens` as there.
 #[must_use]
-pub fn seen(filesystem: &Filesystem) -> Vec<Seen> {
+pub fn seen(filesystem: &Filesystem, listens: bool) -> Vec<Seen> {
     let root = Path::new("/");
     let mut paths: Vec<PathBuf> = match &filesystem.root {
         Root::Empty => Vec::new(),
@@ -173,8 +173,14 @@ pub fn seen(filesystem: &Filesystem) -> Vec<Seen> {
             HOST_DIRECTORIES.iter().map(|name| root.join(name)).chain(etc).collect()
         }
         Root::Directory(directory) => {
-            let entries = fs::read_dir(directory).into_iter().flatten().take(PIECES_MAX + 1);
-            let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            let entries = |directory: &Path| {
+                let entries = fs::read_dir(directory).into_iter().flatten().take(PIECES_MAX + 1);
+                entries.flatten().map(|entry| entry.path()).collect::<Vec<_>>()
+            };
+            let mut paths = entries(directory);
+            if listens {
+                paths.extend(entries(&directory.join("run")));
+            }
             paths.sort();
             paths.push(directory.clone());
             paths

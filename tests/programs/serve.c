@@ -117,6 +117,8 @@ static int act(const char *word, const char *argument)
 		return close(3);
 	if (!strcmp(word, "connect"))
 		return connect_to(where);
+	if (!strcmp(word, "see"))
+		return access(where, F_OK);
 	if (!strcmp(word, "spin"))
 		return spin();
 	if (!strcmp(word, "fill"))

@@ -26,7 +26,7 @@ use super::{Launcher, log};
 use crate::jail::{
     decide::Prepared,
     message::{Launch, StopCause},
-    plan::{Filesystem, Mode, TemplateId},
+    plan::{Mode, Template, TemplateId},
     root,
     run::Run,
 };
@@ -157,10 +157,11 @@ impl Ahead {
         }
     }
 
-    fn shown(&mut self, filesystem: &Filesystem) -> Option<Shown> {
-        filesystem
-            .shows_host()
-            .then(|| Shown { files: root::seen(filesystem), mounts: self.mounts.changes() })
+    fn shown(&mut self, template: &Template) -> Option<Shown> {
+        template.filesystem.shows_host().then(|| Shown {
+            files: root::seen(&template.filesystem, template.listens),
+            mounts: self.mounts.changes(),
+        })
     }
 }
 
@@ -246,7 +247,7 @@ impl Launcher {
         demand.fill_up();
         let jail = jail?;
         demand.retry = RETRY_MIN;
-        if self.ahead.shown(&prepared.template.filesystem) != jail.shown {
+        if self.ahead.shown(&prepared.template) != jail.shown {
             // The others are as old, or hardly younger.
             self.retire(jail.serial);
             self.retire_all(&key);
@@ -283,7 +284,7 @@ impl Launcher {
         let lacking = (demand.wanted() - demand.jails.len()).min(most - self.ahead.count());
         let count = if self.is_crowded(now) { lacking.min(BATCH) } else { 1 };
         // Before they are built: what changes meanwhile is a change.
-        let shown = self.ahead.shown(&prepared.template.filesystem);
+        let shown = self.ahead.shown(&prepared.template);
         for built in self.build_for_later(&prepared, key.1, count) {
             let Some(demand) = self.ahead.demands.get_mut(&key) else { return true };
             match built {
