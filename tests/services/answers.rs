@@ -153,7 +153,7 @@ fn its_status_becomes_the_calls(at: &Mode) {
     for (number, code) in CODES {
         let failure = Failure {
             code: number,
-            message: format!("kein Glück: {number} %41\n"),
+            message: format!("kein Glück: {number} %41"),
             details: b"\0\xffdetail"[..].into(),
             trailers: vec![entry("x-note", b"some text"), entry("x-raw-bin", b"\xfe\x01")],
         };

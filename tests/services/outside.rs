@@ -46,7 +46,7 @@ pub enum Socket {
 }
 
 impl Service {
-    fn start(program: &str, environment: &[(&str, &str)], socket: Socket) -> Self {
+    pub fn start(program: &str, environment: &[(&str, &str)], socket: Socket) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut command = Command::new("sh");
@@ -80,7 +80,7 @@ impl Service {
         self.directory.path().join("socket")
     }
 
-    fn channel(&self) -> tonic::transport::Channel {
+    pub fn channel(&self) -> tonic::transport::Channel {
         connect(&format!("unix:{}", self.path().display()))
     }
 
