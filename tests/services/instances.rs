@@ -34,6 +34,8 @@ in_every_mode! {
     an_end_in_good_order_waits_for_calls,
     nothing_is_left,
     a_lost_launcher_takes_its_instances_along,
+    a_lost_server_takes_its_instances_along,
+    a_lost_monitor_takes_all_along,
 }
 
 /// Sends that many calls at once, each of which stays for a while, and returns the states
@@ -270,6 +272,45 @@ fn a_lost_launcher_takes_its_instances_along(at: &Mode) {
         (reply.code == Code::Ok).then(|| state(&reply))
     });
     assert_ne!(next.token, first.token);
+    dispatcher.stop();
+}
+
+fn a_lost_server_takes_its_instances_along(at: &Mode) {
+    let name = token();
+    let dispatcher = start(at, &started(&format!("name={name}")));
+    look(&dispatcher, "ns");
+    let process = only(&name);
+    dispatcher.process("dispatch-serve").signal(Signal::SIGKILL);
+    wait_until("it is gone", Duration::from_secs(10), || !process.alive());
+    // The listening socket stays; what was held is not promised to.
+    let next = wait_for("a new one", Duration::from_secs(20), || {
+        let reply = dispatcher.try_call(call("ns", "Look", &Nothing {})).ok()?;
+        (reply.code == Code::Ok).then(|| state(&reply))
+    });
+    assert_eq!(next.calls, 1);
+    dispatcher.stop();
+}
+
+fn a_lost_monitor_takes_all_along(at: &Mode) {
+    let (name, child) = (token(), token());
+    let text = policy(at, &started(&format!("name={name}")));
+    let prepared = Settings::new([("ns", text)]).prepare();
+    let dispatcher = prepared.start();
+    look(&dispatcher, "ns");
+    state(&dispatcher.call(again("ns", "Fork", &Text { value: child.clone() })));
+    dispatcher.descendants();
+    dispatcher.signal(Signal::SIGKILL);
+    dispatcher.wait(Duration::from_secs(5));
+    // Docker takes its time.
+    let limit = Duration::from_secs(if at.name == "container" { 10 } else { 2 });
+    wait_until("the instance is gone", limit, || {
+        host::named(&name).is_empty() && host::named(&child).is_empty()
+    });
+    dispatcher.assert_no_processes(Duration::from_secs(10));
+    dispatcher.stop();
+    // The next start takes away what may be left: empty cgroups, containers that ended.
+    let dispatcher = prepared.start();
+    look(&dispatcher, "ns");
     dispatcher.stop();
 }
 

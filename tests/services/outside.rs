@@ -203,6 +203,22 @@ fn bytes_come_back() {
 }
 
 #[test]
+fn it_tells_what_is_around_it() {
+    let service = probe("name=around");
+    let entries = wait(service.probe().around(Nothing {})).unwrap().entries;
+    let all = |name: &str| -> Vec<_> {
+        let of_name = entries.iter().filter(|entry| entry.name == name);
+        of_name.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()).collect()
+    };
+    // There may be more that the tests themselves were started with.
+    assert_eq!(all("fd")[..4], ["0", "1", "2", "3"]);
+    assert!(all("env").contains(&"PROBE=name=around".into()), "{:?}", all("env"));
+    assert_eq!(all("uid"), [nix::unistd::geteuid().to_string()]);
+    assert_eq!(all("cwd"), [std::env::current_dir().unwrap().display().to_string()]);
+    assert_eq!(all("stdin"), ["Ok(0)"]);
+}
+
+#[test]
 fn metadata_and_failures_are_as_asked_for() {
     let service = probe("");
     let mut request = Request::new(Nothing {});
