@@ -21,7 +21,7 @@ use std::{
 };
 
 use tokio::{
-    sync::oneshot,
+    sync::{Notify, oneshot},
     time::{Instant, sleep_until},
 };
 use tracing::warn;
@@ -131,6 +131,16 @@ pub enum AdmissionError {
 #[derive(Clone, Debug)]
 pub struct Admission {
     shared: Arc<Mutex<State>>,
+    news: Arc<News>,
+}
+
+/// What others wait for.
+#[derive(Debug, Default)]
+struct News {
+    /// A call waits for memory.
+    pressure: Notify,
+    /// Memory was given back.
+    released: Notify,
 }
 
 #[derive(Debug)]
@@ -174,7 +184,46 @@ impl Admission {
             turns: VecDeque::new(),
             next_id: 0,
         };
-        Self { shared: Arc::new(Mutex::new(state)) }
+        Self { shared: Arc::new(Mutex::new(state)), news: Arc::default() }
+    }
+
+    /// Memory for what lives on between calls, if there is room for it now. Calls that were
+    /// overtaken as often as they may be come first.
+    ///
+    /// # Errors
+    /// [`AdmissionError::NeverFits`]; `None` for no room: see [`Self::released`].
+    pub fn share(&self, memory: Limit<u64>) -> Result<Option<Share>, AdmissionError> {
+        let mut state = self.state();
+        let memory = state.wanted(memory)?;
+        let mut firsts = state.tenants.values().filter_map(|tenant| tenant.waiting.front());
+        let kept = firsts.any(|first| first.overtaken >= OVERTAKEN_MAX);
+        if kept || state.memory.saturating_add(memory) > state.capacity.memory {
+            return Ok(None);
+        }
+        state.memory += memory;
+        Ok(Some(Share { admission: self.clone(), memory }))
+    }
+
+    /// Returns when memory was given back after it was first polled.
+    pub fn released(&self) -> impl Future<Output = ()> + '_ {
+        self.news.released.notified()
+    }
+
+    /// Returns when a call waits for memory. For one listener.
+    pub async fn pressure(&self) {
+        self.news.pressure.notified().await;
+    }
+
+    /// Whether a call waits for memory alone.
+    #[must_use]
+    pub fn lacks_memory(&self) -> bool {
+        let state = self.state();
+        state.tenants.values().any(|tenant| {
+            tenant.waiting.front().is_some_and(|first| {
+                first.concurrency.allows(tenant.running.saturating_add(1))
+                    && state.memory.saturating_add(first.memory) > state.capacity.memory
+            })
+        })
     }
 
     /// Waits for a permit, in turn. Cancel-safe: dropping the future gives the
@@ -227,14 +276,11 @@ impl Admission {
         now: Instant,
     ) -> Result<(Place, oneshot::Receiver<()>), AdmissionError> {
         let mut state = self.state();
-        if let Some(asked) = ask.memory.finite().filter(|asked| *asked > state.capacity.memory) {
-            return Err(AdmissionError::NeverFits { asked, budget: state.capacity.memory });
-        }
+        let memory = state.wanted(ask.memory)?;
         state.check_room(ask.namespace, now)?;
         state.check_rate(ask, now)?;
-        let memory = ask.memory.finite().unwrap_or(u64::MAX).min(state.capacity.memory);
         let (id, woken) = state.enqueue(ask.namespace, memory, ask.rules.concurrency);
-        state.grant();
+        self.grant(&mut state);
         let waiting = state.position_after(ask.namespace, id);
         if waiting.is_some_and(|ahead| !ask.rules.queue.allows(ahead.saturating_add(1))) {
             state.leave(ask.namespace, id);
@@ -246,12 +292,36 @@ impl Admission {
         Ok((place, woken))
     }
 
+    /// Lets in whoever fits, and tells of who would but for memory.
+    fn grant(&self, state: &mut State) {
+        if !state.grant() {
+            self.news.pressure.notify_one();
+        }
+    }
+
+    fn give_back(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state();
+        change(&mut state);
+        self.grant(&mut state);
+        drop(state);
+        self.news.released.notify_waiters();
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
+    /// What a memory limit counts as.
+    fn wanted(&self, memory: Limit<u64>) -> Result<u64, AdmissionError> {
+        let budget = self.capacity.memory;
+        match memory.finite() {
+            Some(asked) if asked > budget => Err(AdmissionError::NeverFits { asked, budget }),
+            memory => Ok(memory.unwrap_or(budget)),
+        }
+    }
+
     /// Forgets idle namespaces when there are many, and refuses beyond the bounds.
     fn check_room(&mut self, namespace: &Namespace, now: Instant) -> Result<(), AdmissionError> {
         if self.tenants.len() >= TENANTS_MAX && !self.tenants.contains_key(namespace) {
@@ -306,8 +376,9 @@ impl State {
         Some(u32::try_from(position).unwrap_or(u32::MAX))
     }
 
-    /// Lets in whoever fits, namespace after namespace.
-    fn grant(&mut self) {
+    /// Lets in whoever fits, namespace after namespace. False where one was held up by
+    /// what is promised to others.
+    fn grant(&mut self) -> bool {
         let mut index = 0;
         let mut held_up = Vec::new();
         while let Some(namespace) = self.turns.get(index).cloned() {
@@ -325,7 +396,7 @@ impl State {
                 index += 1;
             } else if !room {
                 if first.overtaken >= OVERTAKEN_MAX {
-                    return;
+                    return false;
                 }
                 held_up.push(namespace);
                 index += 1;
@@ -347,6 +418,7 @@ impl State {
                 self.count_overtaken(&held_up);
             }
         }
+        held_up.is_empty()
     }
 
     fn count_overtaken(&mut self, held_up: &[Namespace]) {
@@ -413,11 +485,11 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = self.admission.state();
-        if !state.leave(&self.namespace, self.id) {
-            state.release(&self.namespace, self.memory);
-        }
-        state.grant();
+        self.admission.give_back(|state| {
+            if !state.leave(&self.namespace, self.id) {
+                state.release(&self.namespace, self.memory);
+            }
+        });
     }
 }
 
@@ -429,25 +501,24 @@ impl Permit {
     /// Gives the place back but keeps its memory counted for as long as the
     /// answer is held: something of the run is left that can't be removed yet.
     #[must_use = "dropping it gives the memory back"]
-    pub fn quarantine(mut self) -> Aside {
+    pub fn quarantine(mut self) -> Share {
         let memory = std::mem::take(&mut self.0.memory);
         warn!(namespace = %self.0.namespace, memory, "a run can't be removed yet; its memory stays counted");
-        Aside { admission: self.0.admission.clone(), memory }
+        Share { admission: self.0.admission.clone(), memory }
     }
 }
 
-/// The memory of a run in quarantine; dropping it gives it back.
+/// Memory that is promised apart from a call that runs: to a service, or to what is left of
+/// a run in quarantine. Dropping it gives it back.
 #[derive(Debug)]
-pub struct Aside {
+pub struct Share {
     admission: Admission,
     memory: u64,
 }
 
-impl Drop for Aside {
+impl Drop for Share {
     fn drop(&mut self) {
-        let mut state = self.admission.state();
-        state.memory -= self.memory;
-        state.grant();
+        self.admission.give_back(|state| state.memory -= self.memory);
     }
 }
 

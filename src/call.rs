@@ -52,6 +52,8 @@ pub struct Call {
     pub request_id: String,
     /// For the audit record.
     pub labels: BTreeMap<String, String>,
+    /// Metadata for a gRPC service: what stands behind `metadata.` in `execution_context`.
+    pub metadata: BTreeMap<String, String>,
     /// Keys of `execution_context` that mean nothing here.
     pub ignored_context: Vec<String>,
 }

@@ -14,17 +14,25 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    admission::{Admission, Ask, Load, Permit, bytes::Reservation},
+    admission::{self, Admission, Load, Permit, bytes::Reservation},
     artifact::{
         self, Artifact, ArtifactError, elf,
         store::{Content, Held, Store},
     },
     call::{Call, FormError, Source},
     execute::{ExecuteError, Executors, Invocation, Outcome, OutputSink, stop::StopSignal},
+    instances::{self, Answered, Ask, Instances, Key, Recipe, Served, Shape, Unanswered},
     jail::{message::Refusal, plan::Mode},
     names::{Digest, RunId},
-    policy::{Policy, PolicySet, store::PolicyStore},
-    protocol::exec,
+    policy::{Policy, PolicySet, Protocol, store::PolicyStore},
+    protocol::{
+        exec,
+        grpc::{
+            self, metadata,
+            unary::{ServiceStatus, Unary},
+        },
+    },
+    units::Limit,
 };
 use rules::Terms;
 
@@ -42,6 +50,7 @@ pub struct Dispatcher {
     artifacts: Store,
     admission: Admission,
     executors: Executors,
+    instances: Instances,
 }
 
 /// What surrounds one call.
@@ -87,6 +96,8 @@ pub struct Facts {
     pub terms: Option<Terms>,
     /// Keys of `execution_context` that mean nothing here.
     pub ignored_context: Vec<String>,
+    /// A service that was there before the call answered it.
+    pub warm: bool,
 }
 
 /// A program that ran.
@@ -94,10 +105,21 @@ pub struct Facts {
 pub struct Finished {
     /// How.
     pub outcome: Outcome,
-    /// Its stdout in the form asked for.
-    pub output: prost_types::Any,
+    /// Its stdout in the form asked for, or a service's message.
+    pub output: Option<prost_types::Any>,
     /// `false`: it was to be a serialized Any and isn't.
     pub output_fits: bool,
+    /// Where a service was to answer.
+    pub service: Option<ByService>,
+}
+
+/// A call that a service was to answer.
+#[derive(Clone, Debug)]
+pub struct ByService {
+    /// The run that is the service's process.
+    pub instance: Option<RunId>,
+    /// Its status, or why there is none.
+    pub answer: Result<ServiceStatus, Unanswered>,
 }
 
 impl Reply {
@@ -119,6 +141,7 @@ impl Facts {
             policy_set: None,
             terms: None,
             ignored_context: Vec::new(),
+            warm: false,
         }
     }
 }
@@ -134,7 +157,8 @@ impl Dispatcher {
         artifact_cache: u64,
     ) -> Self {
         let (artifacts, executors) = (Store::new(artifact_cache), executors.into());
-        Self { policies, artifacts, admission, executors }
+        let instances = Instances::new(executors.clone(), admission.clone(), Arc::clone(&policies));
+        Self { policies, artifacts, admission, executors, instances }
     }
 
     /// What runs and what waits.
@@ -147,6 +171,12 @@ impl Dispatcher {
     #[must_use]
     pub fn artifacts_held(&self) -> Held {
         self.artifacts.held()
+    }
+
+    /// How many services there are.
+    #[must_use]
+    pub fn instances(&self) -> instances::Count {
+        self.instances.count()
     }
 
     /// How many ended runs can't be removed yet.
@@ -190,7 +220,7 @@ impl Dispatcher {
         self.steps(&policies, &mut call, &mut artifact, &mut context, facts).await
     }
 
-    /// policy → artifact → built yet → admission → execute → outcome.
+    /// policy → artifact → admission → execute → outcome.
     async fn steps(
         &self,
         policies: &PolicySet,
@@ -205,14 +235,39 @@ impl Dispatcher {
         let terms = rules::decide(call, policy)?;
         facts.mode = Some(terms.mode);
         facts.terms = Some(terms);
+        if policy.protocol == Protocol::Exec {
+            // There is nobody to take it.
+            let names = std::mem::take(&mut call.metadata).into_keys();
+            facts.ignored_context.extend(names.map(|name| format!("{}{name}", metadata::PREFIX)));
+        }
 
         let artifact = self.resolve(call, policy, terms.mode, artifact, facts).await?;
-        rules::check_built(policy)?;
         give_back(call, &artifact, context.reservation.as_mut());
 
         let permit = self.admit(call, policy, terms, context, facts).await?;
 
-        let invocation = invocation(call, policies.digest, policy, terms, artifact, context);
+        match policy.protocol {
+            Protocol::Exec => {
+                let invocation =
+                    invocation(call, policies.digest, policy, terms, artifact, context);
+                self.run(invocation, terms, permit, context, facts).await
+            }
+            Protocol::Grpc => {
+                let ask = ask(call, policies.digest, policy, terms, artifact, context);
+                self.serve(ask, facts).await
+            }
+        }
+    }
+
+    /// Runs a program for this one call.
+    async fn run(
+        &self,
+        invocation: Invocation,
+        terms: Terms,
+        permit: Permit,
+        context: &Context,
+        facts: &Facts,
+    ) -> Result<Finished, CallError> {
         let stop = context.stop.clone();
         let executor = self.executors.of(terms.mode);
         let executed = executor.execute(invocation, stop, context.sink.clone()).await;
@@ -225,7 +280,22 @@ impl Dispatcher {
         }
         let outcome = executed?;
         let (output, output_fits) = exec::output(&outcome.stdout, terms.output);
-        Ok(Finished { outcome, output, output_fits })
+        Ok(Finished { outcome, output: Some(output), output_fits, service: None })
+    }
+
+    /// Has a service answer the call.
+    async fn serve(&self, ask: Ask, facts: &mut Facts) -> Result<Finished, CallError> {
+        let Served { outcome, instance, warm, answer } = self.instances.serve(ask).await?;
+        facts.warm = warm;
+        let (output, answer) = match answer {
+            Ok(Answered { status, message, output }) => {
+                let output = (status.code == 0).then(|| grpc::output(output.as_deref(), &message));
+                (output, Ok(status))
+            }
+            Err(why) => (None, Err(why)),
+        };
+        let service = Some(ByService { instance, answer });
+        Ok(Finished { outcome, output, output_fits: true, service })
     }
 
     /// Finds the executable and checks it against the policy. It is in `found`
@@ -299,10 +369,15 @@ impl Dispatcher {
         context: &mut Context,
         facts: &mut Facts,
     ) -> Result<Permit, CallError> {
-        let ask = Ask {
+        // A service's memory is its instance's, whose share is another.
+        let memory = match policy.protocol {
+            Protocol::Exec => terms.memory,
+            Protocol::Grpc => Limit::At(0),
+        };
+        let ask = admission::Ask {
             namespace: &call.namespace,
             rules: &policy.admission,
-            memory: terms.memory,
+            memory,
             deadline: context.deadline,
         };
         let begun = Instant::now();
@@ -339,10 +414,7 @@ fn invocation(
         executable: artifact.memory,
         executable_size: artifact.size,
         argv: exec::argv(call, policy.argv, &artifact.kind),
-        interpreter: match artifact.kind {
-            elf::Executable::Script { interpreter, .. } => Some(interpreter),
-            elf::Executable::Static | elf::Executable::Dynamic { .. } => None,
-        },
+        interpreter: artifact.kind.interpreter().map(str::to_owned),
         environment: exec::environment(call, policy),
         input: exec::stdin(call),
         timeout: terms.timeout,
@@ -351,5 +423,55 @@ fn invocation(
         cpus: call.limits.cpus,
         output_limit: policy.limits.output,
         stderr_limit: policy.limits.stderr,
+    }
+}
+
+fn ask(
+    call: &Call,
+    policy_set: Digest,
+    policy: &Policy,
+    terms: Terms,
+    artifact: Artifact,
+    context: &Context,
+) -> Ask {
+    let shape = Shape {
+        mode: terms.mode,
+        memory: call.limits.memory,
+        cpus: call.limits.cpus,
+        argv: grpc::argv(&call.args, &artifact.kind),
+        environment: grpc::environment(call, policy),
+    };
+    Ask {
+        key: Key {
+            namespace: call.namespace.clone(),
+            policy: (policy.id.clone(), policy.digest),
+            artifact: artifact.digest,
+        },
+        recipe: Recipe {
+            shape,
+            policy_set,
+            interpreter: artifact.kind.interpreter().map(str::to_owned),
+            executable: artifact.memory,
+            executable_size: artifact.size,
+            memory: terms.memory,
+            stderr_limit: policy.limits.stderr,
+            patience: policy.admission.queue_timeout,
+        },
+        service: call.service.clone(),
+        method: call.method.clone(),
+        rules: policy.instances.clone(),
+        pinned: policy.artifacts.digests.contains(&artifact.digest),
+        call: Unary {
+            service: call.service.to_string(),
+            method: call.method.to_string(),
+            message: exec::stdin(call),
+            metadata: metadata::headers(&call.metadata),
+            timeout: None,
+            limit: 0,
+        },
+        timeout: terms.timeout,
+        deadline: context.deadline,
+        stop: context.stop.clone(),
+        output_limit: policy.limits.output,
     }
 }

@@ -13,6 +13,7 @@ pub mod container;
 pub mod dispatch;
 pub mod execute;
 pub mod host;
+pub mod instances;
 pub mod jail;
 pub mod monitor;
 pub mod names;

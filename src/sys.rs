@@ -5,6 +5,7 @@
 mod mapping;
 mod memfd;
 pub(crate) mod raw;
+mod sockets;
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -24,6 +25,7 @@ use rustix::net::{
 
 pub use mapping::Mapping;
 pub use memfd::{SealedBytes, Unsealed, sealed_memfd};
+pub use sockets::{peer_uid, stream_socket};
 
 /// Most descriptors one packet can carry here.
 pub const FDS_MAX: usize = 32;

@@ -44,6 +44,7 @@ pub(crate) fn call() -> Call {
         request_id: String::new(),
         labels: BTreeMap::new(),
         sealed: None,
+        metadata: BTreeMap::new(),
         ignored_context: Vec::new(),
     }
 }

@@ -39,7 +39,6 @@ fn dispatcher() -> &'static Dispatcher {
             ("small", plain("[limits]\nartifact_size = \"100KiB\"\n")),
             ("little-input", plain("[limits]\ninput = \"1KiB\"\n")),
             ("container", format!("mode = \"container\"\n{}", best_effort())),
-            ("grpc", plain("protocol = \"grpc\"\n")),
             (
                 "scripts",
                 plain("[filesystem]\nroot = \"host\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]\n"),
@@ -310,10 +309,8 @@ fn nothing_given_and_nothing_registered() {
 
 #[test]
 fn what_is_not_built_yet() {
-    for request in [Call::new("grpc", "act"), Call::uri("by-uri", "https://example.com/builds/act")]
-    {
-        call(request).refused(Code::Unimplemented, "unimplemented");
-    }
+    let fetched = Call::uri("by-uri", "https://example.com/builds/act");
+    call(fetched).refused(Code::Unimplemented, "unimplemented");
 }
 
 #[test]

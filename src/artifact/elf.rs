@@ -27,6 +27,17 @@ pub enum Executable {
     },
 }
 
+impl Executable {
+    /// What runs it, where it is a script.
+    #[must_use]
+    pub fn interpreter(&self) -> Option<&str> {
+        match self {
+            Self::Script { interpreter, .. } => Some(interpreter),
+            Self::Static | Self::Dynamic { .. } => None,
+        }
+    }
+}
+
 /// Why some bytes can't be executed here.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ElfError {

@@ -206,13 +206,15 @@ mod tests {
     fn check_tells_all_faults_of_all_paths() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-        std::fs::write(path("good.toml"), "protocol = \"grpc\"\n").unwrap();
+        std::fs::write(path("good.toml"), "protocol = \"grpc\"\ninstances.min = 1\n").unwrap();
         std::fs::write(path("bad.toml"), "[limits]\nmemory = \"1\"\npid = 3\n").unwrap();
         let (code, out, err) = policy(&["check", &path("good.toml"), &path("bad.toml")]);
         assert_eq!(code, 1);
         assert_eq!(out, format!("{}: 1 policy, no faults, 1 warning\n", path("good.toml")));
         let lines: Vec<&str> = err.lines().collect();
-        assert!(lines[0].starts_with(&format!("{}:1:12: warning: protocol", path("good.toml"))));
+        assert!(
+            lines[0].starts_with(&format!("{}:2:17: warning: instances.min", path("good.toml")))
+        );
         assert!(lines[1].starts_with(&format!("{}:2:10: limits.memory is 1,", path("bad.toml"))));
         assert!(lines[2].starts_with(&format!("{}:3:1: unknown key \"pid\"", path("bad.toml"))));
         assert_eq!(lines[3], format!("{}: 2 faults", path("bad.toml")));

@@ -154,7 +154,7 @@ mod tests {
 
     fn of(root: Root, binds: Vec<Bind>) -> ContainerRoot {
         let filesystem = Filesystem { root, tmp: Some(Limit::At(1 << 20)), tmp_exec: false, binds };
-        let decided = root::decide(&filesystem, None, Ownership::Docker).unwrap();
+        let decided = root::decide(&filesystem, None, Ownership::Docker, false).unwrap();
         ContainerRoot::of(decided.plan.pieces).unwrap()
     }
 
@@ -207,7 +207,7 @@ mod tests {
             tmp_exec: false,
             binds: vec![Bind { read_only: false, ..bind }],
         };
-        let refused = root::decide(&writable, None, Ownership::Docker).unwrap_err();
+        let refused = root::decide(&writable, None, Ownership::Docker, false).unwrap_err();
         assert!(refused.to_string().contains("Docker can't idmap"), "{refused}");
     }
 }

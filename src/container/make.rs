@@ -343,7 +343,7 @@ fn decide_root(template: &Template) -> Result<RootPlan, Refusal> {
     for bind in &filesystem.binds {
         check_source(&bind.source)?;
     }
-    let decided = root::decide(&filesystem, None, Ownership::Docker);
+    let decided = root::decide(&filesystem, None, Ownership::Docker, false);
     decided.map(|decided| decided.plan).map_err(|error| match error {
         RootError::Path { .. } => {
             Refusal::ControlUnavailable { control: Control::RootReadonly, why: error.to_string() }

@@ -5,6 +5,7 @@ use crate::{
     artifact::ArtifactError,
     call::{Call, FormError},
     execute::ExecuteError,
+    instances::NotServed,
     jail::plan::Mode,
     names::Digest,
 };
@@ -87,6 +88,9 @@ pub enum CallError {
     /// It could not be started.
     #[error(transparent)]
     Execute(#[from] ExecuteError),
+    /// No service takes it.
+    #[error(transparent)]
+    Service(NotServed),
     /// This process failed.
     #[error("the dispatcher failed: {0}")]
     Internal(String),
@@ -97,5 +101,17 @@ impl CallError {
         // An empty service namespace means the call's own.
         let namespace = &call.namespace;
         Self::ServiceNotFound(format!("{namespace}/{namespace}/{}", call.service))
+    }
+}
+
+impl From<NotServed> for CallError {
+    fn from(error: NotServed) -> Self {
+        match error {
+            NotServed::Execute(error) => error.into(),
+            NotServed::Admission(error) => error.into(),
+            error @ (NotServed::CrashLoop { .. } | NotServed::TooMany { .. }) => {
+                Self::Service(error)
+            }
+        }
     }
 }

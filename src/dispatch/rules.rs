@@ -6,7 +6,7 @@ use super::CallError;
 use crate::{
     call::{Call, Source},
     jail::plan::Mode,
-    policy::{OutputFormat, Policy, PolicySet, Protocol},
+    policy::{OutputFormat, Policy, PolicySet},
     units::{Limit, MilliCpus, Size, Span},
 };
 
@@ -63,17 +63,6 @@ pub fn decide(call: &Call, policy: &Policy) -> Result<Terms, CallError> {
         cpus: limits.cpus.tightened(asked.cpus),
         output_size: limits.output,
     })
-}
-
-/// Is it built yet?
-///
-/// # Errors
-/// [`CallError::Unimplemented`]
-pub fn check_built(policy: &Policy) -> Result<(), CallError> {
-    match policy.protocol {
-        Protocol::Exec => Ok(()),
-        Protocol::Grpc => Err(CallError::Unimplemented("protocol grpc".to_owned())),
-    }
 }
 
 fn check_service(call: &Call, policy: &Policy) -> Result<(), CallError> {
@@ -287,13 +276,5 @@ mod tests {
             })
             .is_ok()
         );
-    }
-
-    #[test]
-    fn what_is_not_built_yet_says_so() {
-        let mut policy = testing::policy("demo");
-        assert!(check_built(&policy).is_ok());
-        policy.protocol = Protocol::Grpc;
-        assert!(matches!(check_built(&policy), Err(CallError::Unimplemented(_))));
     }
 }

@@ -12,7 +12,6 @@ use crate::{
         stop::StopHandle,
     },
     jail::message::StopCause,
-    policy::Protocol,
     testing,
     units::Limit,
 };
@@ -73,7 +72,9 @@ async fn a_call_runs_and_its_facts_are_told() {
     let reply = bench.call(call).await;
     let finished = reply.result.unwrap();
     assert_eq!(finished.outcome.verdict, Verdict::Exited);
-    assert!(finished.output_fits && finished.output.type_url.ends_with("collector.Status"));
+    assert!(
+        finished.output_fits && finished.output.unwrap().type_url.ends_with("collector.Status")
+    );
     let facts = reply.facts;
     assert_eq!(facts.artifact, Some(Digest::of(&sample(None))));
     assert_eq!(facts.policy.unwrap().0, "demo");
@@ -109,7 +110,7 @@ async fn a_held_artifact_runs_by_its_digest_for_its_own_namespace_only() {
 #[tokio::test]
 async fn refusals_come_in_the_contracts_order() {
     let mut policy = testing::policy("demo");
-    policy.protocol = Protocol::Grpc;
+    policy.artifacts.uris = vec!["https://".into()];
     policy.limits.artifact_size = Limit::At(1000);
     let bench = bench(policy, |_| say(""));
     let with = |change: fn(&mut Call)| {
@@ -123,7 +124,6 @@ async fn refusals_come_in_the_contracts_order() {
         call.mode = Some(Mode::Direct);
     });
     assert!(matches!(bench.refusal(both).await, CallError::ModeNotAllowed { .. }));
-    // Artifact before what isn't built yet: protocol grpc.
     let text = with(|call| call.source = Source::Inline("text".into()));
     assert!(matches!(bench.refusal(text).await, CallError::Artifact(ArtifactError::Elf(_))));
     let empty = with(|call| call.source = Source::Inline("".into()));
@@ -148,7 +148,8 @@ async fn refusals_come_in_the_contracts_order() {
         registered.to_string(),
         "service not found and no service_def provided: demo/demo/greeter"
     );
-    assert!(matches!(bench.refusal(inline()).await, CallError::Unimplemented(_)));
+    let fetched = with(|call| call.source = Source::Uri("https://example.com/act".into()));
+    assert!(matches!(bench.refusal(fetched).await, CallError::Unimplemented(_)));
     assert!(!bench.fake.was_asked());
 }
 
@@ -253,12 +254,8 @@ async fn a_run_that_could_not_be_removed_stays_counted() {
         end: Box::new(crate::jail::message::End { quarantined: true, ..exited(0) }),
     });
     let admission = Admission::new(Capacity { runs: None, memory: 600 << 20 });
-    let dispatcher = Dispatcher {
-        policies: Arc::clone(&bench.policies),
-        artifacts: Store::new(1 << 20),
-        executors: bench.dispatcher.executors.clone(),
-        admission,
-    };
+    let executors = bench.dispatcher.executors.clone();
+    let dispatcher = Dispatcher::new(Arc::clone(&bench.policies), admission, executors, 1 << 20);
     assert!(dispatcher.dispatch(Ok(inline()), context()).await.result.is_ok());
     let soon = Context { deadline: Some(Instant::now() + Duration::from_millis(20)), ..context() };
     let second = dispatcher.dispatch(Ok(inline()), soon).await;

@@ -32,8 +32,9 @@ const RECONNECT_WAIT: Duration = Duration::from_secs(1);
 /// How long a call waits for the server and the launcher to have the same policies.
 const POLICY_WAIT: Duration = Duration::from_secs(1);
 
-/// Messages about one run that may be waiting: refused, or started and ended.
-const RUN_MESSAGES: usize = 4;
+/// Messages about one run that may be waiting: of its start and end, and of a service
+/// what was asked about it.
+const RUN_MESSAGES: usize = 16;
 
 /// A handle on whichever launcher is there; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -192,7 +193,7 @@ impl Launcher {
     async fn receive(&self, connection: &Arc<Connection>) -> io::Result<()> {
         let mut buffer = vec![0; MESSAGE_MAX];
         loop {
-            let Some((length, _)) = connection.socket.receive(&mut buffer).await? else {
+            let Some((length, mut fds)) = connection.socket.receive(&mut buffer).await? else {
                 return Ok(());
             };
             let message = postcard::from_bytes::<FromLauncher>(&buffer[..length])
@@ -207,19 +208,22 @@ impl Launcher {
                     });
                 }
                 FromLauncher::Released { run } => drop(self.aside().remove(&run)),
-                FromLauncher::Started { run, .. }
-                | FromLauncher::Connected { run, .. }
-                | FromLauncher::Seen { run, .. } => connection.deliver(run, message),
+                FromLauncher::Started { run, .. } | FromLauncher::Seen { run, .. } => {
+                    connection.deliver(run, message, None);
+                }
+                FromLauncher::Connected { run, .. } => {
+                    connection.deliver(run, message, fds.pop());
+                }
                 FromLauncher::Refused { run, .. } => {
-                    connection.deliver(run, message);
+                    connection.deliver(run, message, None);
                     drop(self.aside().remove(&run));
                 }
                 FromLauncher::Ended { run, ref end } if end.quarantined => {
                     self.aside().insert(run, None);
-                    connection.deliver(run, message);
+                    connection.deliver(run, message, None);
                 }
                 FromLauncher::Ended { run, .. } => {
-                    connection.deliver(run, message);
+                    connection.deliver(run, message, None);
                     // It may have been given up, and ended after all.
                     drop(self.aside().remove(&run));
                 }
@@ -228,12 +232,15 @@ impl Launcher {
     }
 }
 
+/// A message, and the descriptor that came with it.
+pub(super) type Word = (FromLauncher, Option<OwnedFd>);
+
 /// One socketpair with one launcher.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: Packets,
     /// Where each run's messages go; `None` once the connection ended.
-    runs: Mutex<Option<HashMap<RunId, mpsc::Sender<FromLauncher>>>>,
+    runs: Mutex<Option<HashMap<RunId, mpsc::Sender<Word>>>>,
 }
 
 impl Connection {
@@ -255,11 +262,11 @@ impl Connection {
         self.socket.send(&bytes, descriptors).await
     }
 
-    fn deliver(&self, run: RunId, message: FromLauncher) {
+    fn deliver(&self, run: RunId, message: FromLauncher, descriptor: Option<OwnedFd>) {
         let sender = self.runs().as_ref().and_then(|runs| runs.get(&run).cloned());
         match sender {
             Some(sender) => {
-                if sender.try_send(message).is_err() {
+                if sender.try_send((message, descriptor)).is_err() {
                     warn!(%run, "a message about the run could not be delivered");
                 }
             }
@@ -271,7 +278,7 @@ impl Connection {
         *self.runs() = None;
     }
 
-    fn runs(&self) -> MutexGuard<'_, Option<HashMap<RunId, mpsc::Sender<FromLauncher>>>> {
+    fn runs(&self) -> MutexGuard<'_, Option<HashMap<RunId, mpsc::Sender<Word>>>> {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -291,7 +298,7 @@ fn encode(message: &FromServer) -> io::Result<Vec<u8>> {
 pub(super) struct Registration {
     pub(super) connection: Arc<Connection>,
     run: RunId,
-    messages: mpsc::Receiver<FromLauncher>,
+    messages: mpsc::Receiver<Word>,
     /// From sending the launch to hearing of the refusal or the end.
     pub(super) alive: bool,
 }
@@ -299,7 +306,17 @@ pub(super) struct Registration {
 impl Registration {
     /// The next message about this run; `None` when the launcher is gone.
     pub(super) async fn next(&mut self) -> Option<FromLauncher> {
+        self.messages.recv().await.map(|(message, _)| message)
+    }
+
+    /// The same, with the descriptor that came with it.
+    pub(super) async fn next_with_descriptor(&mut self) -> Option<Word> {
         self.messages.recv().await
+    }
+
+    /// Which run.
+    pub(super) fn run(&self) -> RunId {
+        self.run
     }
 
     /// Asks the launcher to end the run. A launcher that can't be told has died,

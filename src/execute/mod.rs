@@ -6,6 +6,7 @@ pub(crate) mod fake;
 pub mod launcher;
 mod outcome;
 mod run;
+pub mod service;
 pub mod stop;
 #[cfg(test)]
 mod tests;
@@ -152,6 +153,7 @@ pub struct Executors {
     pub launcher: Launcher,
     /// `dispatch-docker`, for container mode; without it nobody is there to connect.
     pub containers: Launcher,
+    renewed: std::sync::Arc<tokio::sync::Notify>,
 }
 
 impl Executors {
@@ -174,12 +176,18 @@ impl Executors {
     pub fn policies_changed(&self) {
         self.launcher.policies_changed();
         self.containers.policies_changed();
+        self.renewed.notify_one();
+    }
+
+    /// Returns when the server has taken up other policies. For one listener.
+    pub fn renewed(&self) -> impl Future<Output = ()> + '_ {
+        self.renewed.notified()
     }
 }
 
 impl From<Launcher> for Executors {
     fn from(launcher: Launcher) -> Self {
-        Self { launcher, containers: Launcher::default() }
+        Self { launcher, ..Self::default() }
     }
 }
 

@@ -23,11 +23,11 @@ use crate::{
 
 /// How long the launcher may take to start a run, or to end one it was told to
 /// end, before it is taken for stuck.
-const ANSWER_WAIT: Duration = Duration::from_secs(30);
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
 
 /// How long output may still be on its way once the run is gone; only something
 /// that could not be killed keeps a pipe open longer.
-const OUTPUT_WAIT: Duration = Duration::from_secs(1);
+pub(super) const OUTPUT_WAIT: Duration = Duration::from_secs(1);
 
 /// Inputs larger than this are copied on a thread that may block.
 const BLOCKING_COPY: usize = 1 << 20;
@@ -83,15 +83,15 @@ pub(super) async fn execute(
 }
 
 /// What stays known of the invocation once its parts were handed over.
-struct Plan {
-    launch: Launch,
+pub(super) struct Plan {
+    pub(super) launch: Launch,
     deadline: Option<Instant>,
     output_limit: crate::units::Limit<u64>,
     stderr_limit: crate::units::Limit<u64>,
 }
 
 impl Plan {
-    fn of(invocation: &Invocation) -> Self {
+    pub(super) fn of(invocation: &Invocation) -> Self {
         let count = |strings: usize| u32::try_from(strings).unwrap_or(u32::MAX);
         let mut timeout = invocation.timeout;
         if let Some(deadline) = invocation.deadline {
@@ -121,13 +121,13 @@ impl Plan {
 }
 
 /// Our ends of the pipes.
-struct Ours {
-    stdout: pipe::Receiver,
-    stderr: pipe::Receiver,
+pub(super) struct Ours {
+    pub(super) stdout: pipe::Receiver,
+    pub(super) stderr: pipe::Receiver,
 }
 
 /// What goes to the launcher, in the order of `LaunchFds`.
-struct Theirs {
+pub(super) struct Theirs {
     executable: std::sync::Arc<OwnedFd>,
     stdin: OwnedFd,
     stdout: OwnedFd,
@@ -135,7 +135,7 @@ struct Theirs {
     call: OwnedFd,
 }
 
-async fn prepare(invocation: Invocation) -> Result<(Ours, Theirs), ExecuteError> {
+pub(super) async fn prepare(invocation: Invocation) -> Result<(Ours, Theirs), ExecuteError> {
     let call = call_blob(&invocation)?;
     let Invocation { executable, input, .. } = invocation;
     let stdin = if input.len() > BLOCKING_COPY {
@@ -189,7 +189,7 @@ fn call_blob(invocation: &Invocation) -> Result<Vec<u8>, ExecuteError> {
 
 /// Hands the run to the launcher. One that died a moment ago never saw it, so
 /// its successor gets it.
-async fn launch(
+pub(super) async fn launch(
     launcher: &Launcher,
     launch: &Launch,
     theirs: &Theirs,
@@ -305,14 +305,14 @@ async fn drain(
     read.map_err(|error| internal("reading the program's output", &error))
 }
 
-async fn until(moment: Option<Instant>) {
+pub(super) async fn until(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
     }
 }
 
-fn before(wall: Duration) -> SystemTime {
+pub(super) fn before(wall: Duration) -> SystemTime {
     let now = SystemTime::now();
     now.checked_sub(wall).unwrap_or(now)
 }

@@ -8,7 +8,7 @@ use crate::{
         plan::{Control, Filesystem, Limits, Mode, Network},
         root::{self, Ownership},
     },
-    policy::{Policy, compile::host_user},
+    policy::{Policy, Protocol, compile::host_user},
 };
 
 /// What a policy demands in one of its modes.
@@ -28,6 +28,8 @@ pub struct Demand<'a> {
     pub keeps_capabilities: bool,
     /// Whom direct mode runs programs as.
     pub user: &'a str,
+    /// Whether its runs are services, to which `cpu_time` doesn't apply.
+    pub listens: bool,
 }
 
 impl<'a> Demand<'a> {
@@ -42,6 +44,7 @@ impl<'a> Demand<'a> {
             network: policy.network,
             keeps_capabilities: !policy.keep_capabilities.is_empty(),
             user: policy.direct_user(),
+            listens: policy.protocol == Protocol::Grpc,
         })
     }
 }
@@ -86,7 +89,8 @@ impl Host {
             });
         }
         if demand.mode == Mode::Jail
-            && let Err(error) = root::decide(demand.filesystem, None, self.ownership())
+            && let Err(error) =
+                root::decide(demand.filesystem, None, self.ownership(), demand.listens)
         {
             found.push(Shortfall {
                 subject: Subject::Control(Control::RootReadonly),
@@ -126,7 +130,7 @@ impl Host {
         if !demand.keeps_capabilities || !jail {
             controls.push(Control::CapsNone);
         }
-        if demand.limits.cpu_time.finite().is_some() {
+        if demand.limits.cpu_time.finite().is_some() && !demand.listens {
             controls.push(Control::CpuTime);
         }
         if !root {

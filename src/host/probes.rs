@@ -149,7 +149,7 @@ impl Probe<'_> {
         };
         let (base, map) = self.base();
         let flags = base | (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64;
-        let decided = root::decide(&filesystem, None, self.ownership());
+        let decided = root::decide(&filesystem, None, self.ownership(), false);
         let result = match &decided {
             Ok(decided) => {
                 in_child(flags, map, || mounts::enter_new_root(&decided.plan, Fault::NONE)).map_err(
@@ -247,6 +247,7 @@ impl Probe<'_> {
             size: CString::default(),
             make_devices: false,
             tmp: None,
+            service: None,
             pieces: Vec::new(),
         };
         let ruleset = landlock::Ruleset::decide(self.facts.landlock_abi, &root, Network::None);

@@ -25,6 +25,7 @@ fn filesystem(binds: Vec<Bind>) -> Filesystem {
 
 fn demand<'a>(limits: &'a Limits, filesystem: &'a Filesystem) -> Demand<'a> {
     Demand {
+        listens: false,
         mode: Mode::Jail,
         best_effort: &[],
         limits,

@@ -72,6 +72,8 @@ pub struct Blueprint {
     pub control_fd: i32,
     /// How the executable is started.
     pub exec: Exec,
+    /// Where it is a service: what it is told and given besides.
+    pub service: Option<Service>,
     /// A step that fails on purpose.
     pub fault: Fault,
 }
@@ -98,6 +100,16 @@ pub enum Exec {
     Interpreter(CString),
 }
 
+/// What a program that listens is told and given besides what its call brings.
+#[derive(Debug)]
+pub struct Service {
+    /// Entries of its environment, but for the one with its pid.
+    pub environment: Vec<CString>,
+    /// The directory for a socket of its own, inside the root; `None` in direct mode, where
+    /// the launcher has made it.
+    pub directory: Option<CString>,
+}
+
 /// A jail's root, piece by piece.
 #[derive(Debug)]
 pub struct RootPlan {
@@ -107,6 +119,8 @@ pub struct RootPlan {
     pub make_devices: bool,
     /// What /tmp is mounted with; `None` for no /tmp.
     pub tmp: Option<TmpPlan>,
+    /// Where the program listens: the directory for a socket of its own.
+    pub service: Option<ServicePlan>,
     /// In the order they are put in place.
     pub pieces: Vec<Piece>,
 }
@@ -120,6 +134,15 @@ pub struct TmpPlan {
     pub inodes: CString,
     /// Whether its files can be executed.
     pub exec: bool,
+}
+
+/// A directory that only the program can use, and nobody's but the run's.
+#[derive(Debug)]
+pub struct ServicePlan {
+    /// Where it is mounted, relative to the root; one of the pieces makes that.
+    pub target: CString,
+    /// `uid=` and `gid=` of the program, as numbered where the root is built.
+    pub owner: CString,
 }
 
 /// Something put into the root. Paths are relative to it, without `..`.

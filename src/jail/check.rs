@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    message::{CALL_BLOB_MAX, Launch, LaunchFds, SCRIPT_PATH},
+    message::{CALL_BLOB_MAX, LISTEN_VARIABLES, Launch, LaunchFds, SCRIPT_PATH},
     plan::{Mode, Template},
 };
 use crate::units::{Limit, MilliCpus};
@@ -56,7 +56,10 @@ pub fn check(
         Some(timeout) if !limits.timeout.allows(timeout) => {
             return Err("timeout is over the policy's".into());
         }
-        None if limits.timeout.finite().is_some() => return Err("timeout is missing".into()),
+        // A service lives for many calls: each has its own time, which the server keeps.
+        None if limits.timeout.finite().is_some() && !template.listens => {
+            return Err("timeout is missing".into());
+        }
         _ => {}
     }
     if launch.memory.is_some_and(|memory| !limits.memory.allows(memory)) {
@@ -180,6 +183,10 @@ fn check_call(launch: &Launch, template: &Template, call: &[u8]) -> Result<(), S
         if !seen.insert(name) {
             return Err(format!("environment {name:?} is given twice"));
         }
+        // Who starts it says these, and nobody else.
+        if template.listens && LISTEN_VARIABLES.contains(&name) {
+            return Err(format!("environment {name:?} is the launcher's to set"));
+        }
         let allowed = FIXED_NAMES.contains(&name)
             || template.environment_allow.iter().any(|allowed| allowed == name)
             || template.environment.get(name).is_some_and(|set| set == value);
@@ -188,4 +195,74 @@ fn check_call(launch: &Launch, template: &Template, call: &[u8]) -> Result<(), S
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{jail::message::Launch, names::RunId, sys, testing};
+
+    fn fds(call: &[u8]) -> LaunchFds {
+        let sealed = |content: &[u8]| sys::sealed_memfd(c"sealed", &[content], false).unwrap();
+        // A pipe's end is good for writing whoever reads.
+        let pipe = || rustix::pipe::pipe().unwrap().1;
+        LaunchFds {
+            executable: sealed(b"x"),
+            stdin: sealed(b""),
+            stdout: pipe(),
+            stderr: pipe(),
+            call: sealed(call),
+        }
+    }
+
+    fn checked(template: &Template, timeout: Option<u64>, entries: &[&str]) -> Result<(), String> {
+        let launch = Launch {
+            run: RunId::random().unwrap(),
+            policy_set: crate::names::Digest::from_bytes([0; 32]),
+            template: template.id.clone(),
+            mode: Mode::Jail,
+            namespace: "demo".into(),
+            timeout: timeout.map(Duration::from_secs),
+            memory: None,
+            cpus: None,
+            executable_size: 1,
+            interpreter: None,
+            argc: 1,
+            envc: entries.len() as u32,
+        };
+        let call: Vec<u8> = std::iter::once("service")
+            .chain(entries.iter().copied())
+            .flat_map(|text| [text.as_bytes(), b"\0"].concat())
+            .collect();
+        let checked = check(&launch, &fds(&call), template, &[Mode::Jail])?;
+        assert_eq!(checked.timeout, launch.timeout);
+        Ok(())
+    }
+
+    #[test]
+    fn a_service_may_have_no_timeout_but_none_over_the_policys() {
+        let exec = testing::template();
+        let service = Template { listens: true, ..exec.clone() };
+        assert!(checked(&exec, None, &[]).unwrap_err().contains("missing"));
+        assert_eq!(checked(&service, None, &[]), Ok(()));
+        for template in [exec, service] {
+            assert_eq!(checked(&template, Some(1), &[]), Ok(()));
+            assert!(checked(&template, Some(3600), &[]).unwrap_err().contains("over"));
+        }
+    }
+
+    #[test]
+    fn what_a_service_is_told_is_not_the_servers_to_say() {
+        for name in LISTEN_VARIABLES {
+            let entry = format!("{name}=1");
+            let mut template = testing::template();
+            template.environment_allow.push(name.into());
+            assert_eq!(checked(&template, Some(1), &[&entry]), Ok(()), "exec: as the policy says");
+            template.listens = true;
+            let refused = checked(&template, None, &[&entry]).unwrap_err();
+            assert!(refused.contains(name), "{refused}");
+            template.environment.insert(name.into(), "1".into());
+            assert!(checked(&template, None, &[&entry]).is_err());
+        }
+    }
 }

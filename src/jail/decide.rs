@@ -1,7 +1,7 @@
 //! From a template to the [`Blueprint`] of one jail: everything decided, nothing done.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
     rc::Rc,
 };
@@ -9,11 +9,11 @@ use std::{
 use rustix::thread::UnshareFlags;
 
 use super::{
-    blueprint::{Blueprint, Exec, Filter, INSIDE_ID, INSIDE_INIT_ID},
+    blueprint::{Blueprint, Exec, Filter, INSIDE_ID, INSIDE_INIT_ID, Service},
     facts::Facts,
     identity::{self, HostIds, IdMap},
     landlock, limits,
-    message::{Launch, Refusal},
+    message::{LISTEN_VARIABLES, Launch, Refusal, SERVICE_SOCKET},
     namespaces::{self, Namespaces},
     plan::{Control, Mode, Network, Template},
     root::{self, DecidedRoot, Ownership},
@@ -45,6 +45,8 @@ pub struct Purpose<'a> {
     pub serial: u64,
     /// The call's `#!` executable, which is part of the root.
     pub script: Option<Script<'a>>,
+    /// Direct mode: where a service may bind a socket of its own.
+    pub socket: Option<&'a CStr>,
 }
 
 /// A `#!` executable.
@@ -132,10 +134,12 @@ impl Prepared {
     /// Whether its runs in this mode have no way to hand a descriptor to another run, by
     /// a socket in a directory that both see or in the host's network. What is open
     /// elsewhere outlives a run: a view into its namespaces, or what is counted for its uids.
+    /// A service is not alone: it can send descriptors to whom it talks with, the server.
     #[must_use]
     pub fn is_alone(&self, mode: Mode) -> bool {
         let network = self.template.network != Network::Host;
-        mode == Mode::Jail && network && !self.template.filesystem.shows_host()
+        let talks = self.template.listens;
+        mode == Mode::Jail && network && !talks && !self.template.filesystem.shows_host()
     }
 
     /// Whether its runs in this mode are in an empty root, which can be any such
@@ -218,6 +222,7 @@ impl Prepared {
             exec_fd: self.filter_options.exec_fd,
             control_fd: self.filter_options.control_fd,
             exec: purpose.script.as_ref().map_or(Exec::Memfd, Script::exec),
+            service: self.template.listens.then(|| service(purpose.socket)),
             fault,
         };
         Ok(Decided { blueprint, namespaces: bind_namespaces, keep, map: identities.map, enforced })
@@ -295,7 +300,7 @@ impl Prepared {
         };
         let script = script
             .map(|script| root::Script { fd: script.executable.as_raw_fd(), size: script.size });
-        root::decide(&self.template.filesystem, script, ownership)
+        root::decide(&self.template.filesystem, script, ownership, self.template.listens)
             .map_err(|error| lacks(Control::RootReadonly, error.to_string()))
     }
 
@@ -342,6 +347,23 @@ impl Prepared {
         }
     }
 
+    /// The user and group that the program is on the host.
+    ///
+    /// # Errors
+    /// As of [`Prepared::decide`].
+    pub fn host_user(
+        &self,
+        mode: Mode,
+        ids: Option<HostIds>,
+        facts: &Facts,
+    ) -> Result<(u32, u32), Refusal> {
+        match (mode, ids) {
+            (Mode::Direct, Some(_)) => Ok(self.identities(mode, ids, facts)?.program),
+            (_, Some(ids)) => Ok((ids.program, ids.program)),
+            (_, None) => Ok(facts.own_ids),
+        }
+    }
+
     /// How many bytes of the executable memfd-exec copies; 0: it is executed as it is.
     #[must_use]
     pub fn copy_len(&self, launch: &Launch) -> u32 {
@@ -350,6 +372,21 @@ impl Prepared {
             && self.template.limits.file_size.allows(launch.executable_size)
             && launch.executable_size < 1 << 30;
         if copies { launch.executable_size as u32 } else { 0 }
+    }
+}
+
+/// What a service is told: [`LISTEN_VARIABLES`], its pid by itself.
+fn service(socket: Option<&CStr>) -> Service {
+    let [count, names, _pid, own] = LISTEN_VARIABLES;
+    let path = socket.map_or(SERVICE_SOCKET.as_bytes(), CStr::to_bytes);
+    let entry = |name: &str, value: &[u8]| {
+        // No NUL in what came from a C string, nor in ours.
+        CString::new([name.as_bytes(), b"=", value].concat()).unwrap_or_default()
+    };
+    let directory = root::service_directory().as_os_str().as_encoded_bytes();
+    Service {
+        environment: vec![entry(count, b"1"), entry(names, b"grpc"), entry(own, path)],
+        directory: socket.is_none().then(|| CString::new(directory).unwrap_or_default()),
     }
 }
 
@@ -447,113 +484,4 @@ fn capability_bits(numbers: &[u8]) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-    use crate::jail::{
-        plan::{Filesystem, HostUser, Limits, Root, TemplateId},
-        seccomp::profile::default_profile,
-    };
-
-    fn facts(root: bool, own: u32) -> Facts {
-        Facts {
-            root,
-            own_ids: (own, own),
-            stuck_groups: vec![],
-            last_capability: 40,
-            landlock_abi: 7,
-            memfd_noexec: None,
-            open_files: 1024,
-            enters_mounts: true,
-            notify: true,
-            processors: 2,
-        }
-    }
-
-    fn prepared(user: Option<(u32, u32)>, best_effort: &[Control]) -> Prepared {
-        let template = Template {
-            id: TemplateId { policy: "test".into(), variant: 0 },
-            modes: vec![Mode::Direct, Mode::Jail],
-            best_effort: best_effort.to_vec(),
-            limits: Limits::default(),
-            filesystem: Filesystem { root: Root::Empty, tmp: None, tmp_exec: false, binds: vec![] },
-            network: Network::None,
-            syscalls: default_profile(),
-            keep_capabilities: vec![],
-            user: user.map(|(uid, gid)| HostUser { name: "somebody".into(), uid, gid }),
-            environment: BTreeMap::new(),
-            environment_allow: vec![],
-            interpreters: vec![],
-            container: Default::default(),
-            listens: false,
-        };
-        Prepared::new(template, &facts(false, 1000)).unwrap()
-    }
-
-    #[test]
-    fn without_root_direct_mode_is_the_launchers_own_user_and_never_root() {
-        let accepted = [Control::HostUid];
-        for (user, best_effort, own, becomes) in [
-            (Some((1000, 1000)), &[][..], 1000, Ok(1000)),
-            (Some((65534, 65534)), &[], 1000, Err("host_uid")),
-            (Some((65534, 65534)), &accepted, 1000, Ok(1000)),
-            (Some((65534, 65534)), &accepted, 0, Err("host_uid")),
-            (Some((0, 0)), &accepted, 0, Err("invalid")),
-            (Some((1000, 0)), &accepted, 1000, Err("invalid")),
-            (None, &accepted, 1000, Err("invalid")),
-        ] {
-            let prepared = prepared(user, best_effort);
-            let found = match prepared.identities(Mode::Direct, None, &facts(false, own)) {
-                Ok(identities) => Ok(identities.program.0),
-                Err(Refusal::ControlUnavailable { control, .. }) => Err(control.word()),
-                Err(_) => Err("invalid"),
-            };
-            assert_eq!(found, becomes, "{user:?} {best_effort:?} by {own}");
-        }
-    }
-
-    #[test]
-    fn only_who_can_hand_nothing_to_others_gets_what_was_used_before() {
-        use crate::jail::plan::Bind;
-
-        type Change = fn(&mut Template);
-        let changes: [(Change, bool); 5] = [
-            (|_| {}, true),
-            (|template| template.network = Network::Loopback, true),
-            (|template| template.network = Network::Host, false),
-            (|template| template.filesystem.root = Root::Host, false),
-            (
-                |template| {
-                    let (source, target) = ("/srv".into(), "/srv".into());
-                    template.filesystem.binds.push(Bind { source, target, read_only: true });
-                },
-                false,
-            ),
-        ];
-        for (change, alone) in changes {
-            let mut template = prepared(None, &[]).template;
-            change(&mut template);
-            let prepared = Prepared::new(template, &facts(true, 0)).unwrap();
-            let facts = facts(true, 0);
-            assert_eq!(prepared.is_alone(Mode::Jail), alone);
-            assert!(!prepared.is_alone(Mode::Direct));
-            assert_eq!(prepared.takes_user_namespace(Mode::Jail, &facts), alone);
-            assert_eq!(prepared.takes_empty_root(Mode::Jail, &facts).is_some(), alone);
-            let network = alone && prepared.template.network == Network::None;
-            assert_eq!(prepared.takes_empty_network(Mode::Jail, &facts), network);
-        }
-    }
-
-    #[test]
-    fn in_a_jail_nobody_is_nobody_whoever_the_launcher_is() {
-        let prepared = prepared(None, &[]);
-        for own in [0, 1000] {
-            let identities = prepared.identities(Mode::Jail, None, &facts(false, own)).unwrap();
-            assert_eq!((identities.program, identities.init), ((65534, 65534), (65534, 65534)));
-        }
-        let ids = crate::jail::identity::IdPool::new((2000, 2009)).take(true).unwrap();
-        let identities = prepared.identities(Mode::Jail, Some(ids), &facts(true, 0)).unwrap();
-        assert_eq!((identities.program, identities.init), ((65534, 65534), (65533, 65533)));
-    }
-}
+mod tests;

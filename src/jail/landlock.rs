@@ -100,6 +100,9 @@ impl Ruleset {
         if let Some(tmp) = &root.tmp {
             rules.push((c"/tmp".to_owned(), writing | if tmp.exec { fs::EXECUTE } else { 0 }));
         }
+        if let Some(service) = &root.service {
+            rules.push((inside(&service.target), writing));
+        }
         for piece in &root.pieces {
             let Piece::Bind(bind) = piece else { continue };
             let mut rights = 0;
@@ -223,7 +226,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        jail::blueprint::{BindPiece, TmpPlan},
+        jail::blueprint::{BindPiece, ServicePlan, TmpPlan},
         sys,
     };
 
@@ -244,7 +247,14 @@ mod tests {
 
     fn root(tmp_exec: bool, pieces: Vec<Piece>) -> RootPlan {
         let tmp = TmpPlan { size: c"4096".to_owned(), inodes: c"16".to_owned(), exec: tmp_exec };
-        RootPlan { size: c"4096".to_owned(), make_devices: false, tmp: Some(tmp), pieces }
+        let service = ServicePlan { target: c"run/grpc".to_owned(), owner: c"65534".to_owned() };
+        RootPlan {
+            size: c"4096".to_owned(),
+            make_devices: false,
+            tmp: Some(tmp),
+            service: Some(service),
+            pieces,
+        }
     }
 
     fn pieces() -> Vec<Piece> {
@@ -290,6 +300,7 @@ mod tests {
             for (path, executable, writable) in [
                 ("/", false, false),
                 ("/run/dispatcher/service", false, false),
+                ("/run/grpc/service.sock", false, true),
                 ("/etc/passwd", false, false),
                 ("/usr/bin/env", true, false),
                 ("/lib64/ld.so", true, false),
@@ -339,7 +350,7 @@ mod tests {
             bind(&directory.path().join("gone"), true, READ_ONLY),
         ];
         // The root's own /tmp is not the host's, which the directory may be in.
-        let root = RootPlan { tmp: None, ..root(false, pieces) };
+        let root = RootPlan { tmp: None, service: None, ..root(false, pieces) };
         let Some(ruleset) = Ruleset::decide(abi_version(), &root, Network::Host) else {
             assert!(std::env::var_os("CI").is_none(), "the kernel has no Landlock");
             eprintln!("skipped: the kernel has no Landlock");

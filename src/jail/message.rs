@@ -76,7 +76,7 @@ pub enum FromServer {
         run: RunId,
     },
     /// Stop a run from using any processor time, or let it go on. Not answered; nothing
-    /// where the run's cgroup can't (it takes one of v2).
+    /// where the run's cgroup can't (it takes one of v2), or its program isn't running.
     Freeze {
         /// Which.
         run: RunId,
@@ -146,7 +146,8 @@ pub struct Launch {
     pub mode: Mode,
     /// Whose call it is: for the labels of containers, decides nothing.
     pub namespace: String,
-    /// Wall clock left for the run; `None` only where the template is unlimited.
+    /// Wall clock left for the run; `None` only where the template is unlimited, or
+    /// [listens](super::plan::Template::listens).
     pub timeout: Option<Duration>,
     /// Tighter than the template's, or `None` for the template's.
     pub memory: Option<u64>,
@@ -220,9 +221,11 @@ pub enum FromLauncher {
         run: RunId,
         /// To which of its sockets.
         to: ServiceSocket,
-        /// errno(3): ENOENT for no such socket yet, ECONNREFUSED for one that nobody listens
-        /// at, EAGAIN for one with a full queue, EPERM for one that is not the run's, ESRCH
-        /// for no such run, EINVAL for one that doesn't listen.
+        /// errno(3): ENOENT for no such socket yet, or a program that isn't about to be
+        /// exec'd yet; ECONNREFUSED for a socket that nobody listens at; EAGAIN for one with
+        /// a full queue, or for more answers than are waited for at once; EPERM for one that
+        /// is not the run's, or what is no socket; ESRCH for no such run, or one that ends;
+        /// EINVAL for one that doesn't listen. Others, such as EMFILE, are the launcher's own.
         result: Result<(), i32>,
     },
     /// An answer to [`FromServer::Look`].

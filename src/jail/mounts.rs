@@ -23,7 +23,7 @@ use rustix::{
 };
 
 use super::{
-    blueprint::{BindPiece, PIECES_MAX, Piece, RootPlan, TmpPlan},
+    blueprint::{BindPiece, PIECES_MAX, Piece, RootPlan, ServicePlan, TmpPlan},
     step::{Fault, Step, StepError},
 };
 
@@ -53,6 +53,12 @@ pub fn enter_new_root(plan: &RootPlan, fault: Fault) -> Result<(), StepError> {
         Some(tmp) => Some(at(fault, Step::Tmp, 0, make_tmp(tmp))?),
         None => None,
     };
+    let service = match &plan.service {
+        Some(service) => {
+            Some((at(fault, Step::ServiceDirectory, 0, make_service(service))?, service))
+        }
+        None => None,
+    };
     let root = at(fault, Step::Root, 0, make_root(&plan.size, tmp.is_some()))?;
     at(fault, Step::Pivot, 0, switch_root(&root))?;
 
@@ -66,6 +72,10 @@ pub fn enter_new_root(plan: &RootPlan, fault: Fault) -> Result<(), StepError> {
     }
     for (index, piece) in plan.pieces.iter().enumerate() {
         at(fault, Step::Populate, index, put(piece, sources[index]))?;
+    }
+    // After the pieces: one of them made its place, and none covers it.
+    if let Some((mount, service)) = service {
+        at(fault, Step::ServiceDirectory, 0, attach(&mount, &service.target))?;
     }
     at(fault, Step::Readonly, 0, make_read_only())
 }
@@ -254,6 +264,27 @@ fn make_tmp(tmp: &TmpPlan) -> io::Result<OwnedFd> {
         attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
     }
     mount_of(&fs, attributes)
+}
+
+/// Room for sockets and a few small files, for the program alone.
+fn make_service(service: &ServicePlan) -> io::Result<OwnedFd> {
+    let fs = rustix::mount::fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in [
+        (c"size", c"64k"),
+        (c"nr_inodes", c"16"),
+        (c"mode", c"0700"),
+        (c"uid", &*service.owner),
+        (c"gid", &*service.owner),
+    ] {
+        rustix::mount::fsconfig_set_string(&fs, key, value)?;
+    }
+    rustix::mount::fsconfig_create(&fs)?;
+    mount_of(
+        &fs,
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )
 }
 
 fn make_root(size: &CStr, with_tmp: bool) -> io::Result<OwnedFd> {

@@ -249,7 +249,8 @@ pub enum Root {
 pub struct Bind {
     /// Absolute path on the host.
     pub source: PathBuf,
-    /// Absolute path inside; not /, /proc, /dev, /run/dispatcher or below them.
+    /// Absolute path inside; not /, /proc, /dev, /run/dispatcher or below them, and where
+    /// it listens not /run/grpc.
     pub target: PathBuf,
     /// Whether writes are refused.
     pub read_only: bool,

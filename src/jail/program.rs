@@ -14,7 +14,7 @@ use std::{
 use rustix::process::DumpableBehavior;
 
 use super::{
-    blueprint::Exec,
+    blueprint::{Exec, Service},
     identity,
     init::{Context, limit},
     landlock, seccomp,
@@ -24,6 +24,10 @@ use crate::sys::{self, Mapping};
 
 /// Descriptors that come with [`Start`], in the order of `message::LaunchFds`.
 const START_FDS: usize = 5;
+/// And, where the program is a service, the socket that it listens at.
+const START_FDS_MAX: usize = START_FDS + 1;
+/// Where that goes: SD_LISTEN_FDS_START of sd_listen_fds(3).
+const LISTENING_FD: RawFd = 3;
 
 /// What it begins with.
 #[derive(Clone, Copy)]
@@ -71,15 +75,16 @@ fn become_program(
     )?;
 
     // 4. Ready. What follows belongs to one call.
-    context.at(Step::Handshake, context.report(Report::Ready))?;
+    send_ready(*context)?;
     let (start, fds) = receive_start(*context)?;
 
     // 5. argv and environment, mapped before their descriptor is closed.
     let call = context.at(Step::Arguments, Mapping::read_only(fds[4], start.call_len as usize))?;
-    let vectors = context.at(Step::Arguments, Vectors::over(&call, start))?;
+    let vectors = Vectors::over(&call, start, blueprint.service.as_ref());
+    let vectors = context.at(Step::Arguments, vectors)?;
 
-    // 6. Descriptors: 0, 1, 2; the executable and the control socket go to
-    //    numbers that the program's own can never reach; all are close-on-exec but 0, 1, 2.
+    // 6. Descriptors: 0, 1, 2 (a service's socket: 3); the executable and the control socket go to
+    //    numbers that the program's own can never reach; all are close-on-exec but the former.
     context.at(Step::Descriptors, place_descriptors(*context, &fds, beginning))?;
     // From here on also a failure is told over the parked copy.
     // SAFETY: it was just put there.
@@ -114,13 +119,30 @@ fn become_program(
     context.at(Step::Exec, Err(error))
 }
 
-fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS]), StepError> {
+/// All is built. The directory for a service's own socket goes along: it was made for this
+/// run, and nothing of the tenant's has run yet that could have put another in its place.
+fn send_ready(context: Context<'_>) -> Result<(), StepError> {
+    let service = context.blueprint.service.as_ref();
+    let directory = match service.and_then(|service| service.directory.as_ref()) {
+        Some(path) => Some(context.at(Step::ServiceDirectory, open_directory(path))?),
+        None => None,
+    };
+    let sent = sys::send_one_fd(context.control, &Report::Ready.encode(), directory);
+    context.at(Step::Handshake, sent)?;
+    match directory {
+        Some(directory) => context.at(Step::ServiceDirectory, sys::close(directory)),
+        None => Ok(()),
+    }
+}
+
+fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS_MAX]), StepError> {
     let mut bytes = [0; START_LEN];
-    let mut fds = [-1; START_FDS];
+    let mut fds = [-1; START_FDS_MAX];
+    let expected = START_FDS + usize::from(context.blueprint.service.is_some());
     let received = sys::receive_raw(context.control, &mut bytes, &mut fds);
     let (length, count) = context.at(Step::Handshake, received)?;
     match Start::decode(&bytes[..length]) {
-        Some(start) if count == START_FDS => Ok((start, fds)),
+        Some(start) if count == expected => Ok((start, fds)),
         // End of file: the run was given up before it started.
         _ => Err(StepError { step: Step::Handshake, index: 1, errno: libc::EPIPE }),
     }
@@ -130,11 +152,11 @@ fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS]), St
 /// any, go to `exec_fd + 2` and `+ 3`, beyond everything that is closed here.
 fn place_descriptors(
     context: Context<'_>,
-    fds: &[RawFd; START_FDS],
+    fds: &[RawFd; START_FDS_MAX],
     beginning: &Beginning<'_>,
 ) -> io::Result<()> {
     let blueprint = context.blueprint;
-    let [executable, stdin, stdout, stderr, _call] = *fds;
+    let [executable, stdin, stdout, stderr, _call, listening] = *fds;
     let executable = match &blueprint.exec {
         Exec::Interpreter(path) => open_interpreter(path)?,
         Exec::Memfd => executable,
@@ -149,8 +171,21 @@ fn place_descriptors(
     for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
         sys::dup_to_inherited(from, to)?;
     }
-    sys::close_range(3, blueprint.exec_fd as u32 - 1)?;
+    let mut first = LISTENING_FD;
+    if blueprint.service.is_some() {
+        // Last: whatever had this number has been put where it belongs.
+        sys::dup_to_inherited(listening, LISTENING_FD)?;
+        first += 1;
+    }
+    sys::close_range(first as u32, blueprint.exec_fd as u32 - 1)?;
     sys::close_range(blueprint.exec_fd as u32 + 4, u32::MAX)
+}
+
+fn open_directory(path: &CStr) -> io::Result<RawFd> {
+    use rustix::fs::{CWD, Mode, OFlags};
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    Ok(std::os::fd::IntoRawFd::into_raw_fd(fd))
 }
 
 fn open_interpreter(path: &CStr) -> io::Result<RawFd> {
@@ -216,6 +251,25 @@ unsafe fn collect(list: *const *const libc::c_char) -> Vec<CString> {
     strings
 }
 
+/// The entry that names the program's pid: for who inherits the environment, but not the
+/// descriptor, sd_listen_fds(3).
+const PID_ENTRY: &[u8] = b"LISTEN_PID=";
+/// Its longest text, with the digits of the greatest number and a NUL.
+const PID_ENTRY_MAX: usize = PID_ENTRY.len() + 10 + 1;
+
+/// Writes it, and a NUL.
+fn pid_entry(pid: u32) -> [u8; PID_ENTRY_MAX] {
+    let mut text = [0; PID_ENTRY_MAX];
+    text[..PID_ENTRY.len()].copy_from_slice(PID_ENTRY);
+    let digits = pid.checked_ilog10().unwrap_or(0) as usize + 1;
+    let mut left = pid;
+    for place in text[PID_ENTRY.len()..PID_ENTRY.len() + digits].iter_mut().rev() {
+        *place = b'0' + (left % 10) as u8;
+        left /= 10;
+    }
+    text
+}
+
 /// argv and envp for execve(2), in a mapping of their own.
 struct Vectors {
     pointers: Mapping,
@@ -223,11 +277,18 @@ struct Vectors {
 }
 
 impl Vectors {
-    /// Points at `start.argc + start.envc` strings of `call`, each ended by a NUL.
-    fn over(call: &Mapping, start: Start) -> io::Result<Self> {
+    /// Points at `start.argc + start.envc` strings of `call`, each ended by a NUL, and what
+    /// a service is told besides.
+    fn over(call: &Mapping, start: Start, service: Option<&Service>) -> io::Result<Self> {
         let (argc, envc) = (start.argc as usize, start.envc as usize);
-        let slots = argc + envc + 2;
-        let pointers = Mapping::anonymous(slots * size_of::<*const u8>())?;
+        let told = service.map_or(&[][..], |service| &service.environment);
+        let (entries, text) = match service {
+            Some(_) => (told.len() + 1, PID_ENTRY_MAX),
+            None => (0, 0),
+        };
+        let slots = argc + envc + entries + 2;
+        let text_at = slots * size_of::<*const u8>();
+        let pointers = Mapping::anonymous(text_at + text)?;
         let bytes = call.bytes();
         let mut at = 0;
         let mut slot = 0;
@@ -244,6 +305,18 @@ impl Vectors {
             slot += 1;
             at += length + 1;
         }
+        if service.is_some() {
+            if envc == 0 {
+                slot += 1; // the null that ends argv was not passed yet
+            }
+            // This process is the one that becomes the program.
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            pointers.set_bytes(text_at, &pid_entry(pid.unsigned_abs()));
+            pointers.set_address(slot, pointers.as_ptr() as usize + text_at);
+            for (index, entry) in told.iter().enumerate() {
+                pointers.set_address(slot + 1 + index, entry.as_ptr() as usize);
+            }
+        }
         Ok(Self { pointers, argc })
     }
 
@@ -253,5 +326,61 @@ impl Vectors {
 
     fn envp(&self) -> *const *const libc::c_char {
         self.argv().wrapping_add(self.argc + 1) // right after argv's null
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use super::*;
+
+    fn vectors(strings: &[&str], argc: u32, service: Option<&Service>) -> [Vec<String>; 2] {
+        let call: Vec<u8> = strings.iter().flat_map(|it| [it.as_bytes(), b"\0"].concat()).collect();
+        let memfd = sys::sealed_memfd(c"call", &[&call], false).unwrap();
+        let mapping = Mapping::read_only(memfd.as_raw_fd(), call.len()).unwrap();
+        let envc = strings.len() as u32 - argc;
+        let start = Start { argc, envc, call_len: call.len() as u32, copy_len: 0 };
+        let vectors = Vectors::over(&mapping, start, service).unwrap();
+        [vectors.argv(), vectors.envp()].map(|list| {
+            // SAFETY: both are null-terminated arrays of strings, as is to be seen.
+            let strings = unsafe { collect(list) };
+            strings.iter().map(|string| string.to_str().unwrap().to_owned()).collect()
+        })
+    }
+
+    #[test]
+    fn vectors_are_those_of_the_call_and_of_a_service() {
+        let own = format!("LISTEN_PID={}", std::process::id());
+        let entries = ["LISTEN_FDS=1", "LISTEN_FDNAMES=grpc", "GRPC_UNIX_SOCKET=/x"];
+        let environment = entries.map(|entry| CString::new(entry).unwrap()).to_vec();
+        let service = Service { environment, directory: None };
+        let told: Vec<_> = std::iter::once(&*own).chain(entries).collect();
+        for (strings, argc) in
+            [(&["a"][..], 1), (&["a", "", "c"], 3), (&["a", "B=", "C=d"], 1), (&["A=1"], 0)]
+        {
+            let (argv, environment) = strings.split_at(argc as usize);
+            assert_eq!(vectors(strings, argc, None), [argv, environment]);
+            let all = [environment, &told[..]].concat();
+            assert_eq!(vectors(strings, argc, Some(&service)), [argv, &all[..]]);
+        }
+    }
+
+    #[test]
+    fn a_call_with_fewer_strings_than_it_says_is_refused() {
+        let memfd = sys::sealed_memfd(c"call", &[b"a\0b"], false).unwrap();
+        let mapping = Mapping::read_only(memfd.as_raw_fd(), 3).unwrap();
+        let start = Start { argc: 1, envc: 1, call_len: 3, copy_len: 0 };
+        let error = Vectors::over(&mapping, start, None).err().unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn a_pid_is_written_as_it_is() {
+        for pid in [0, 2, 10, 99, 4_194_304, u32::MAX] {
+            let text = pid_entry(pid);
+            let text = CStr::from_bytes_until_nul(&text).unwrap();
+            assert_eq!(text.to_str().unwrap(), format!("LISTEN_PID={pid}"));
+        }
     }
 }

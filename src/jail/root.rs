@@ -5,7 +5,7 @@
 //! does what is decided here.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsString},
     fs, io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -18,8 +18,8 @@ use std::{
 };
 
 use super::{
-    blueprint::{BindPiece, PIECES_MAX, Piece, RootPlan, TmpPlan},
-    message::SCRIPT_PATH,
+    blueprint::{BindPiece, INSIDE_ID, PIECES_MAX, Piece, RootPlan, ServicePlan, TmpPlan},
+    message::{SCRIPT_PATH, SERVICE_SOCKET},
     plan::{Bind, Filesystem, Root},
 };
 use crate::units::Limit;
@@ -104,7 +104,8 @@ pub enum Ownership {
     Docker,
 }
 
-/// Decides the root for one run.
+/// Decides the root for one run; where it `listens`, with a directory for a socket of its
+/// own, which but for Docker's is in the plan.
 ///
 /// # Errors
 /// [`RootError`] names the path: missing, behind a symlink, or with an owner
@@ -113,13 +114,15 @@ pub fn decide(
     filesystem: &Filesystem,
     script: Option<Script>,
     ownership: Ownership,
+    listens: bool,
 ) -> Result<DecidedRoot, RootError> {
     let mut pieces = Vec::new();
     match &filesystem.root {
         Root::Empty => {}
         Root::Host => host_pieces(&mut pieces)?,
-        Root::Directory(directory) => directory_pieces(directory, &mut pieces)?,
+        Root::Directory(directory) => directory_pieces(directory, listens, &mut pieces)?,
     }
+    let service = if listens { service_pieces(filesystem, ownership, &mut pieces)? } else { None };
     if let Some(Script { fd, size }) = script {
         let path = SCRIPT_PATH.trim_start_matches('/');
         directories_above(Path::new(path), &mut pieces);
@@ -144,6 +147,7 @@ pub fn decide(
         size: c_string(size.to_string().as_bytes()),
         make_devices: matches!(ownership, Ownership::Idmap { .. }),
         tmp: filesystem.tmp.map(|size| tmp_plan(size, filesystem.tmp_exec)),
+        service,
         pieces,
     };
     Ok(DecidedRoot { plan, namespaces })
@@ -218,8 +222,57 @@ fn host_pieces(pieces: &mut Vec<Piece>) -> Result<(), RootError> {
     Ok(())
 }
 
+/// The directory that [`SERVICE_SOCKET`] is in.
+#[must_use]
+pub fn service_directory() -> &'static Path {
+    Path::new(SERVICE_SOCKET).parent().unwrap_or(Path::new("/"))
+}
+
+/// The place for a service's own socket, and what is mounted there.
+fn service_pieces(
+    filesystem: &Filesystem,
+    ownership: Ownership,
+    pieces: &mut Vec<Piece>,
+) -> Result<Option<ServicePlan>, RootError> {
+    let directory = service_directory();
+    // Policies with such a bind are refused when they are read.
+    if let Some(bind) = filesystem.binds.iter().find(|bind| bind.target.starts_with(directory)) {
+        let why = format!("is bound where a service has its socket, in {}", directory.display());
+        return Err(RootError::Path { path: bind.target.clone(), why });
+    }
+    directories_above(Path::new(SERVICE_SOCKET.trim_start_matches('/')), pieces);
+    let owner = match ownership {
+        Ownership::Idmap { program } => program,
+        // There the user namespace comes first, and with it the program's number in it.
+        Ownership::Plain { .. } => INSIDE_ID,
+        Ownership::Docker => return Ok(None),
+    };
+    let target = directory.strip_prefix("/").unwrap_or(directory);
+    Ok(Some(ServicePlan {
+        target: c_string(target.as_os_str().as_bytes()),
+        owner: c_string(owner.to_string().as_bytes()),
+    }))
+}
+
 /// Every entry of a directory but those that we make ourselves.
-fn directory_pieces(directory: &Path, pieces: &mut Vec<Piece>) -> Result<(), RootError> {
+fn directory_pieces(
+    directory: &Path,
+    listens: bool,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), RootError> {
+    for name in names_in(directory)? {
+        match name.as_bytes() {
+            b"proc" | b"dev" | b"tmp" => {}
+            // What we make below it could not be made in the directory's own.
+            b"run" if listens => run_pieces(directory, pieces)?,
+            _ => entry(directory, Path::new(&name), pieces)?,
+        }
+    }
+    Ok(())
+}
+
+/// The names in a directory, sorted; one more than could be shown at most.
+fn names_in(directory: &Path) -> Result<Vec<OsString>, RootError> {
     let failed = |error: io::Error| RootError::Path {
         path: directory.to_owned(),
         why: format!("can't be read as a root: {error}"),
@@ -229,9 +282,22 @@ fn directory_pieces(directory: &Path, pieces: &mut Vec<Piece>) -> Result<(), Roo
         names.push(item.map_err(failed)?.file_name());
     }
     names.sort();
-    for name in names {
-        if !matches!(name.as_bytes(), b"proc" | b"dev" | b"tmp") {
-            entry(directory, Path::new(&name), pieces)?;
+    Ok(names)
+}
+
+/// The /run of a directory, made anew with what is in it but for the service's place.
+fn run_pieces(directory: &Path, pieces: &mut Vec<Piece>) -> Result<(), RootError> {
+    let run = directory.join("run");
+    let metadata = fs::symlink_metadata(&run).map_err(|error| system(&run, error))?;
+    if !metadata.is_dir() {
+        let why = "is no directory: a service's socket would be in it; make it one, or remove it";
+        return Err(RootError::Path { path: run, why: why.to_owned() });
+    }
+    pieces.push(Piece::Directory(c_string(b"run")));
+    for name in names_in(&run)? {
+        let inside = Path::new("run").join(&name);
+        if Path::new("/").join(&inside) != service_directory() {
+            entry(directory, &inside, pieces)?;
         }
     }
     Ok(())
@@ -350,7 +416,7 @@ mod tests {
 
     #[test]
     fn an_empty_root_has_nothing_of_the_hosts() {
-        let decided = decide(&filesystem(Root::Empty), None, PLAIN).unwrap();
+        let decided = decide(&filesystem(Root::Empty), None, PLAIN, false).unwrap();
         assert!(decided.plan.pieces.is_empty());
         let tmp = decided.plan.tmp.unwrap();
         assert_eq!(tmp.size.to_bytes(), b"67108864");
@@ -359,7 +425,7 @@ mod tests {
 
     #[test]
     fn everything_of_the_hosts_is_read_only() {
-        let decided = decide(&filesystem(Root::Host), None, PLAIN).unwrap();
+        let decided = decide(&filesystem(Root::Host), None, PLAIN, false).unwrap();
         let mut binds = 0;
         for piece in &decided.plan.pieces {
             if let Piece::Bind(bind) = piece {
@@ -382,17 +448,17 @@ mod tests {
             target: "/data/in".into(),
             read_only: true,
         }];
-        let decided = decide(&with_bind, None, PLAIN).unwrap();
+        let decided = decide(&with_bind, None, PLAIN, false).unwrap();
         assert!(matches!(
             &decided.plan.pieces[..],
             [Piece::Directory(data), Piece::Bind(BindPiece { idmap: None, .. })]
                 if data.to_bytes() == b"data"
         ));
         with_bind.binds[0].read_only = false;
-        let error = decide(&with_bind, None, PLAIN).unwrap_err().to_string();
+        let error = decide(&with_bind, None, PLAIN, false).unwrap_err().to_string();
         assert!(error.contains("another user"), "{error}");
         let own = Ownership::Plain { uid: rustix::process::geteuid().as_raw() };
-        let decided = decide(&with_bind, None, own).unwrap();
+        let decided = decide(&with_bind, None, own, false).unwrap();
         let Some(Piece::Bind(bind)) = decided.plan.pieces.last() else { panic!("{decided:?}") };
         assert_eq!(bind.attributes & libc::MOUNT_ATTR_RDONLY, 0);
         assert_ne!(bind.attributes & libc::MOUNT_ATTR_NOEXEC, 0, "written is not executed");
@@ -405,7 +471,31 @@ mod tests {
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         let mut with_bind = filesystem(Root::Empty);
         with_bind.binds = vec![Bind { source: link, target: "/x".into(), read_only: true }];
-        let error = decide(&with_bind, None, PLAIN).unwrap_err().to_string();
+        let error = decide(&with_bind, None, PLAIN, false).unwrap_err().to_string();
         assert!(error.contains("symbolic link"), "{error}");
+    }
+
+    #[test]
+    fn a_service_has_a_place_that_nothing_covers() {
+        let decided = decide(&filesystem(Root::Empty), None, PLAIN, true).unwrap();
+        let service = decided.plan.service.unwrap();
+        assert_eq!(service.target.to_bytes(), b"run/grpc");
+        assert_eq!(service.owner.to_bytes(), INSIDE_ID.to_string().as_bytes());
+        let idmap = Ownership::Idmap { program: 2_000_000 };
+        let decided = decide(&filesystem(Root::Empty), None, idmap, true).unwrap();
+        assert_eq!(decided.plan.service.unwrap().owner.to_bytes(), b"2000000");
+        assert!(matches!(&decided.plan.pieces[..], [Piece::Directory(run), Piece::Directory(grpc)]
+                if run.to_bytes() == b"run" && grpc.to_bytes() == b"run/grpc"));
+        let docker = decide(&filesystem(Root::Empty), None, Ownership::Docker, true).unwrap();
+        assert!(docker.plan.service.is_none() && docker.plan.pieces.len() == 2);
+        let exec = decide(&filesystem(Root::Empty), None, idmap, false).unwrap();
+        assert!(exec.plan.service.is_none() && exec.plan.pieces.is_empty());
+
+        let mut covered = filesystem(Root::Empty);
+        let (source, target) = ("/".into(), "/run/grpc/inside".into());
+        covered.binds.push(Bind { source, target, read_only: true });
+        let error = decide(&covered, None, PLAIN, true).unwrap_err().to_string();
+        assert!(error.contains("/run/grpc"), "{error}");
+        assert!(decide(&covered, None, PLAIN, false).is_ok());
     }
 }

@@ -11,10 +11,13 @@
 //! It gets its call ([`Run::assign`]) while it is built, or waits for one: how it is
 //! built doesn't depend on that. The run itself does no I/O towards the server: it
 //! changes state and says what happened; `launcher` sends it. `notices` answers
-//! forbidden system calls, `end` puts how it went into the words of the protocol.
+//! forbidden system calls, `clocks` looks at the time, `service` is what a run that listens
+//! has more, `end` puts how it went into the words of the protocol.
 
+mod clocks;
 mod end;
 mod notices;
+mod service;
 
 use std::{
     io,
@@ -30,12 +33,15 @@ use super::{
     identity::{self, HostIds, IdMap},
     message::{Launch, LaunchFds, StopCause, WaitStatus},
     network::EmptyNetwork,
+    places::Listening,
     plan::{Control, Template},
     seccomp::notify::Listener,
+    service::Service,
     step::{REPORT_LEN, Report, Start, Step, StepError, word},
 };
 use crate::{names::RunId, sys};
 
+pub use clocks::cpu_limit;
 pub use end::refusal;
 
 /// How long a killed run may take to be gone before it is put in quarantine.
@@ -44,10 +50,6 @@ const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
 const BUILD_GRACE: Duration = Duration::from_secs(10);
 /// How long a program that was just started is not listened to.
 const HEED_PAUSE: Duration = Duration::from_millis(2);
-/// Least time between two looks at a run's CPU time.
-const CPU_STEP_MIN: Duration = Duration::from_millis(10);
-/// Most time between two: a clock that stood still must not hide it.
-const CPU_STEP_MAX: Duration = Duration::from_secs(60);
 /// What the launcher has open for a run at most: init's pidfd, the control socket,
 /// the listener, its user namespace, and what it is lent; and, until the program is
 /// started, what the launch brought.
@@ -86,6 +88,8 @@ pub struct Run {
     pub root: Option<EmptyRoot>,
     /// The user namespace likewise.
     pub user_namespace: Option<OwnedFd>,
+    /// Its sockets, where it listens.
+    pub service: Option<Service>,
     /// Init; readable when it is dead, and with it all of the pid namespace.
     pub pidfd: OwnedFd,
     /// To init and, until exec, the program.
@@ -140,6 +144,8 @@ pub struct Parts {
     pub root: Option<EmptyRoot>,
     /// See [`Run`].
     pub user_namespace: Option<OwnedFd>,
+    /// See [`Run`].
+    pub service: Option<Service>,
     /// Init.
     pub pid: i32,
     /// See [`Run`].
@@ -167,6 +173,8 @@ pub struct Call {
     pub cores: f64,
     /// When the launch was received.
     pub received: Instant,
+    /// The socket that it will listen at, where its template says so.
+    pub listening: Option<Listening>,
 }
 
 /// What is heard on a run's control socket.
@@ -206,6 +214,7 @@ impl Run {
             network: parts.network,
             root: parts.root,
             user_namespace: parts.user_namespace,
+            service: parts.service,
             pidfd: parts.pidfd,
             control: parts.control,
             listener: None,
@@ -267,7 +276,8 @@ impl Run {
     /// while it is built.
     #[must_use]
     pub fn descriptors_needed(template: &Template) -> usize {
-        OPEN + BROUGHT + template.filesystem.binds.len()
+        let service = if template.listens { Service::DESCRIPTORS } else { 0 };
+        OPEN + BROUGHT + service + template.filesystem.binds.len()
     }
 
     /// How many descriptors this one takes, or comes to take.
@@ -275,7 +285,8 @@ impl Run {
     pub fn descriptors(&self) -> usize {
         // A call may still come, with what it brings.
         let brought = if self.started.is_none() { BROUGHT } else { 0 };
-        OPEN + brought + self.namespaces.len()
+        let service = if self.service.is_some() { Service::DESCRIPTORS } else { 0 };
+        OPEN + brought + service + self.namespaces.len()
     }
 
     /// Gives it its call; `enforced` is the cgroup's and the clocks' share of the
@@ -285,7 +296,7 @@ impl Run {
     /// What was given, where the jail died while it waited.
     pub fn assign(
         &mut self,
-        call: Call,
+        mut call: Call,
         fds: LaunchFds,
         enforced: &[Control],
         now: Instant,
@@ -295,7 +306,10 @@ impl Run {
                 return Err(Box::new((call, fds)));
             }
             Phase::Waiting => match self.start(&call, &fds, now) {
-                Ok(change) => change,
+                Ok(change) => {
+                    self.hand_over(&mut call);
+                    change
+                }
                 Err(_) => return Err(Box::new((call, fds))),
             },
             Phase::Building => {
@@ -354,7 +368,7 @@ impl Run {
         match report {
             // A run that was stopped meanwhile is not built any further.
             Report::NeedsMaps if self.phase == Phase::Building => self.write_maps(now),
-            Report::Ready if self.phase == Phase::Building => return self.built(now),
+            Report::Ready if self.phase == Phase::Building => return self.built(fd, now),
             Report::NeedsMaps | Report::Ready => {}
             Report::Filtered => return self.filtered(fd, now),
             // Only our own code leaves by exit(2) before its filter is in place:
@@ -397,7 +411,11 @@ impl Run {
         }
     }
 
-    fn built(&mut self, now: Instant) -> Change {
+    fn built(&mut self, directory: Option<OwnedFd>, now: Instant) -> Change {
+        if let Err(error) = self.take_directory(directory) {
+            self.fail(step_error(Step::ServiceDirectory, &error), now);
+            return Change::None;
+        }
         // From here to the program's start nothing of it does anything but wait.
         if let Some(cgroup) = &mut self.cgroup
             && let Err(error) = cgroup.start_measuring()
@@ -408,10 +426,11 @@ impl Run {
         self.namespaces.clear();
         self.grace_deadline = None;
         self.phase = Phase::Waiting;
-        let (Some(call), Some(fds)) = (self.call.take(), self.fds.take()) else {
+        let (Some(mut call), Some(fds)) = (self.call.take(), self.fds.take()) else {
             return Change::None;
         };
         let started = self.start(&call, &fds, now);
+        self.hand_over(&mut call);
         self.call = Some(call);
         started.unwrap_or_else(|error| {
             self.fail(step_error(Step::Start, &error), now);
@@ -427,19 +446,21 @@ impl Run {
             call_len: call.call_len,
             copy_len: self.prepared.copy_len(&call.launch),
         };
-        let descriptors =
-            [&fds.executable, &fds.stdin, &fds.stdout, &fds.stderr, &fds.call].map(AsFd::as_fd);
-        sys::send_packet(&self.control, &start.encode(), &descriptors)?;
+        let brought = [&fds.executable, &fds.stdin, &fds.stdout, &fds.stderr, &fds.call];
+        let mut descriptors = [fds.call.as_fd(); BROUGHT + 1];
+        descriptors[..BROUGHT].copy_from_slice(&brought.map(AsFd::as_fd));
+        let mut count = BROUGHT;
+        if let Some(listening) = &call.listening {
+            descriptors[BROUGHT] = listening.socket.as_fd();
+            count += 1;
+        }
+        sys::send_packet(&self.control, &start.encode(), &descriptors[..count])?;
         self.wall_deadline = call.launch.timeout.and_then(|timeout| now.checked_add(timeout));
-        self.cpu_check = self.cpu_limit().map(|limit| now + cpu_step(limit, call.cores));
+        self.cpu_check = self.first_cpu_check(call, now);
         self.phase = Phase::Running;
         self.started = Some(now);
         self.heed_at = Some(now + HEED_PAUSE);
         Ok(Change::Started { setup: now - call.received })
-    }
-
-    fn cpu_limit(&self) -> Option<Duration> {
-        self.prepared.template.limits.cpu_time.finite()
     }
 
     fn program_ended(&mut self, status: WaitStatus, alone: bool, now: Instant) {
@@ -521,73 +542,6 @@ impl Run {
         // ESRCH: it is dead already, which is what we want.
         rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
     }
-
-    /// The next moment at which [`Run::on_time`] must be called.
-    #[must_use]
-    pub fn next_deadline(&self) -> Option<Instant> {
-        let clocks = [self.wall_deadline, self.cpu_check, self.grace_deadline];
-        let pauses = [self.notices_resume, self.heed_at];
-        clocks.into_iter().chain(pauses).flatten().min()
-    }
-
-    /// Whether its control socket is to be listened to again.
-    pub fn heeds_from(&mut self, now: Instant) -> bool {
-        self.heed_at.take_if(|at| *at <= now).is_some()
-    }
-
-    /// Acts on what is due. True when the run must now be answered for though
-    /// it is not gone.
-    pub fn on_time(&mut self, now: Instant) -> bool {
-        if self.wall_deadline.is_some_and(|deadline| deadline <= now) {
-            self.stop(StopCause::Timeout, now);
-        }
-        if self.cpu_check.is_some_and(|check| check <= now) {
-            self.check_cpu(now);
-        }
-        if self.notices_resume.is_some_and(|resume| resume <= now) {
-            self.notices_resume = None;
-            self.on_listener(now);
-        }
-        if self.grace_deadline.is_some_and(|deadline| deadline <= now) {
-            self.grace_deadline = None;
-            if self.phase == Phase::Building {
-                self.fail(
-                    StepError { step: Step::Handshake, index: 2, errno: libc::ETIMEDOUT },
-                    now,
-                );
-                return false;
-            }
-            if self.phase == Phase::Ending {
-                self.phase = Phase::Quarantined;
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Looks at the tree's CPU time and decides when to look next: no earlier
-    /// than the limit could be reached, so a few looks are enough.
-    fn check_cpu(&mut self, now: Instant) {
-        let Some(limit) = self.cpu_limit() else { return };
-        let used = match self.cgroup.as_ref().map(Cgroup::cpu_usage) {
-            Some(Ok(usage)) => usage.total(),
-            // A limit that can't be watched is not in force: end the run.
-            _ => limit,
-        };
-        if used >= limit {
-            self.stop(StopCause::CpuTime, now);
-        } else {
-            let cores = self.call.as_ref().map_or(1.0, |call| call.cores);
-            self.cpu_check = Some(now + cpu_step(limit - used, cores));
-        }
-    }
-}
-
-/// When a run that uses `cores` processors could have used `left` at the earliest.
-fn cpu_step(left: Duration, cores: f64) -> Duration {
-    Duration::try_from_secs_f64(left.as_secs_f64() / cores.max(0.001))
-        .unwrap_or(CPU_STEP_MAX)
-        .clamp(CPU_STEP_MIN, CPU_STEP_MAX)
 }
 
 fn step_error(step: Step, error: &io::Error) -> StepError {

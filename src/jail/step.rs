@@ -36,6 +36,9 @@ steps! {
     Idmap = "idmap",
     /// Make an empty network namespace, or take one whose last run is gone.
     NetworkNamespace = "network_namespace",
+    /// Make the socket that a service inherits, and in direct mode the directory for one of
+    /// its own.
+    ServiceSocket = "service_socket",
     /// Make the run's cgroups and write their limits.
     Cgroup = "cgroup",
     /// clone3(2) of init with its namespaces.
@@ -69,6 +72,8 @@ steps! {
     Dev = "dev",
     /// Make /tmp.
     Tmp = "tmp",
+    /// Make the directory for a service's own socket, and open it for the launcher.
+    ServiceDirectory = "service_directory",
     /// Enter a copy of an empty root that the launcher made.
     EnterRoot = "enter_root",
     /// Make the root.
@@ -157,7 +162,8 @@ impl Fault {
 pub enum Report {
     /// Init is in a new user namespace and waits for its maps.
     NeedsMaps,
-    /// Everything is built; the program waits for its descriptors.
+    /// Everything is built; the program waits for its descriptors. With one descriptor where
+    /// it is a service in a jail: the directory for a socket of its own.
     Ready,
     /// The system call filter is on. With one descriptor: its listener, where it has one.
     Filtered,
@@ -234,7 +240,8 @@ pub mod word {
     pub const MAPPED: u8 = b'M';
 }
 
-/// The message that starts the program; it carries the five descriptors of `LaunchFds`.
+/// The message that starts the program; it carries the five descriptors of `LaunchFds`,
+/// and where it is a service the socket that it listens at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
     /// Strings of argv.

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     jail::{
         plan::{CONTAINER_MEMORY_MIN, Mode, Network, Root},
+        root,
         seccomp::deadly,
     },
     units::{Limit, Size},
@@ -33,6 +34,7 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
     containers(holds, &mut faults);
     services(holds, &mut faults);
     binds(holds, &mut faults);
+    service_binds(policy, &mut faults);
     syscalls(holds, &mut faults);
     environment(holds, &mut faults);
     instances(&holds.instances, &mut faults);
@@ -194,6 +196,26 @@ fn binds(holds: &Resolved, faults: &mut Vec<Fault>) {
     }
 }
 
+/// A service's own socket is in a directory that nothing may cover.
+fn service_binds(policy: &Effective, faults: &mut Vec<Fault>) {
+    let overrides = policy.overrides.iter().map(|special| &special.resolved);
+    let mut all = std::iter::once(&policy.resolved).chain(overrides);
+    if all.all(|holds| holds.call.protocol.value != Protocol::Grpc) {
+        return;
+    }
+    let directory = root::service_directory();
+    for bind in &policy.resolved.filesystem.bind.value.items {
+        if bind.value.target.starts_with(directory) {
+            let target = bind.value.target.display();
+            let message = format!(
+                "filesystem.bind has the target \"{target}\", where protocol \"grpc\" has a socket"
+            );
+            let help = format!("write a target outside of {}", directory.display());
+            faults.push(Fault::new(&bind.place, message, help));
+        }
+    }
+}
+
 fn syscalls(holds: &Resolved, faults: &mut Vec<Fault>) {
     for denied in &holds.seccomp.deny.value.items {
         // A child that denies what its parent allows means it; one file that does both doesn't.
@@ -229,11 +251,20 @@ fn instances(holds: &instances::Resolved, faults: &mut Vec<Fault>) {
     }
 }
 
+/// What means nothing to a service.
 fn grpc(holds: &Resolved, warnings: &mut Vec<Fault>) {
-    let protocol = &holds.call.protocol;
-    if protocol.value == Protocol::Grpc {
-        let message = "protocol \"grpc\" isn't built yet: such calls are answered UNIMPLEMENTED";
-        warnings.push(Fault::new(&protocol.place, message, "write \"exec\" until then"));
+    if holds.call.protocol.value != Protocol::Grpc {
+        return;
+    }
+    let cpu_time = &holds.limits.cpu_time.place;
+    if cpu_time.is_written() {
+        let message = "limits.cpu_time doesn't apply with protocol \"grpc\": an instance lives on";
+        warnings.push(Fault::new(cpu_time, message, "limit each call by timeout, and cpus"));
+    }
+    let min = &holds.instances.min;
+    if min.value > 0 && holds.artifacts.digests.value.values().is_empty() {
+        let message = "instances.min is for executables that the policy names, and it names none";
+        warnings.push(Fault::new(&min.place, message, "list them in [artifacts] digests"));
     }
 }
 

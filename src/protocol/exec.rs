@@ -7,30 +7,17 @@ use super::json;
 use crate::{
     artifact::elf::Executable,
     call::{Call, INPUT_DATA_MAX},
-    jail::message::SCRIPT_PATH,
     policy::{Argv, OutputFormat, Policy},
     wire,
 };
 
-/// What a program calls itself.
-const PROGRAM: &str = "service";
-
 const STATUS_TYPE: &str = "type.googleapis.com/collector.Status";
 const BYTES_TYPE: &str = "type.googleapis.com/google.protobuf.BytesValue";
 
-/// argv, complete. For a script it begins as the kernel would make it begin:
-/// the interpreter, its argument, the path under which the script is shown.
+/// argv, complete.
 #[must_use]
 pub fn argv(call: &Call, style: Argv, executable: &Executable) -> Vec<String> {
-    let mut argv = match executable {
-        Executable::Script { interpreter, argument } => {
-            let mut argv = vec![interpreter.clone()];
-            argv.extend(argument.clone());
-            argv.push(SCRIPT_PATH.to_owned());
-            argv
-        }
-        Executable::Static | Executable::Dynamic { .. } => vec![PROGRAM.to_owned()],
-    };
+    let mut argv = super::command(executable);
     if style == Argv::Collector {
         argv.extend([
             call.namespace.to_string(),
@@ -92,7 +79,7 @@ fn status(message: &str) -> prost_types::Any {
     prost_types::Any { type_url: STATUS_TYPE.to_owned(), value: status.encode_to_vec() }
 }
 
-fn bytes_value(stdout: &Bytes) -> prost_types::Any {
+pub(super) fn bytes_value(stdout: &Bytes) -> prost_types::Any {
     prost_types::Any { type_url: BYTES_TYPE.to_owned(), value: stdout.encode_to_vec() }
 }
 

@@ -4,6 +4,7 @@
 
 pub mod reply;
 pub mod request;
+mod service;
 pub mod status;
 #[cfg(test)]
 mod tests;

@@ -131,12 +131,15 @@ impl Collector for Gauges {
         let load = self.dispatcher.load();
         let artifacts = self.dispatcher.artifacts_held();
         let connections = self.connections.counts();
-        let gauges: [(&str, &str, Option<Unit>, u64); 12] = [
+        let instances = self.dispatcher.instances();
+        let gauges: [(&str, &str, Option<Unit>, u64); 14] = [
             ("running", "Runs under way", None, load.running.into()),
             ("waiting", "Calls that wait for their turn", None, load.waiting as u64),
             ("memory_reserved", "Memory limits of what runs, added up", BYTES, load.memory),
             ("memory_budget", "What they may add up to", BYTES, load.budget),
             ("quarantined", "Ended runs that can't be removed yet", None, self.quarantined()),
+            ("instances_busy", "Services with a call", None, instances.busy as u64),
+            ("instances_idle", "Services kept for the next", None, instances.idle as u64),
             ("artifacts", "Executables held", None, artifacts.count as u64),
             ("artifacts_size", "Memory that they take", BYTES, artifacts.bytes),
             ("inflight", "Bytes of requests and replies held", BYTES, self.bytes.used()),

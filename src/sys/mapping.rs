@@ -50,6 +50,17 @@ impl Mapping {
         self.start
     }
 
+    /// Stores bytes in an anonymous mapping, from `offset` on.
+    ///
+    /// # Panics
+    /// Outside the mapping.
+    pub fn set_bytes(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.length);
+        let place = self.start.wrapping_add(offset);
+        // SAFETY: inside the mapping, which is ours alone; what is copied is not of it.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) }
+    }
+
     /// Stores an address in slot `index` of an anonymous mapping.
     ///
     /// # Panics

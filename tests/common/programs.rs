@@ -25,6 +25,7 @@ const PROGRAMS: [(&str, &str, &[&str]); 10] = [
     ("attack", "attack.c", &["-static"]),
     ("leave", "leave.c", &["-static"]),
     ("fill", "fill.c", &["-static"]),
+    ("serve", "serve.c", &["-static"]),
     ("hostile", "hostile.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),

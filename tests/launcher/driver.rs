@@ -1,5 +1,8 @@
 //! A launcher process, spoken to as monitor and server do.
 
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
 use std::{
     fs::File,
     io::Read as _,
@@ -7,6 +10,7 @@ use std::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
@@ -50,13 +54,31 @@ impl Launcher {
         launcher
     }
 
+    /// What it makes on the host it makes in this directory.
+    pub fn start_in(template: Template, directory: &Path) -> Self {
+        let launcher = Self::spawn(template, Some(directory), || Ok(()));
+        assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
+        launcher
+    }
+
     pub fn start_unready(
         template: Template,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        Self::spawn(template, None, prepare)
+    }
+
+    fn spawn(
+        template: Template,
+        directory: Option<&Path>,
         prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
         let (ours, theirs) = sys::seqpacket_pair().unwrap();
         let mut command = Command::new(dispatcher_binary());
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
+        if let Some(directory) = directory {
+            command.env("RUNTIME_DIRECTORY", directory).env("XDG_RUNTIME_DIR", directory);
+        }
         let raw = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe.
         #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]
@@ -86,14 +108,19 @@ impl Launcher {
     }
 
     pub fn next(&self) -> FromLauncher {
+        self.next_with().0
+    }
+
+    /// The same with the descriptors that came along.
+    pub fn next_with(&self) -> (FromLauncher, Vec<OwnedFd>) {
         let server = self.server.as_ref().unwrap();
         let mut buffer = vec![0; MESSAGE_MAX];
         let deadline = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
         let mut fds = [rustix::event::PollFd::new(server, rustix::event::PollFlags::IN)];
         let ready = rustix::event::poll(&mut fds, Some(&deadline)).unwrap();
         assert!(ready > 0, "the launcher says nothing");
-        let (length, _) = sys::receive_packet(server, &mut buffer).unwrap().expect("closed");
-        postcard::from_bytes(&buffer[..length]).unwrap()
+        let (length, fds) = sys::receive_packet(server, &mut buffer).unwrap().expect("closed");
+        (postcard::from_bytes(&buffer[..length]).unwrap(), fds)
     }
 
     /// Runs a shell script in a jail with the host's root and returns how it ended.
@@ -123,6 +150,13 @@ impl Launcher {
     pub fn launch_with(&self, launch: &Launch, descriptors: &[OwnedFd]) {
         let descriptors: Vec<_> = descriptors.iter().collect();
         send(self.server.as_ref().unwrap(), &FromServer::Launch(launch.clone()), &descriptors);
+    }
+}
+
+impl Launcher {
+    /// As when the monitor dies.
+    pub fn drop_monitor(&mut self) {
+        self.monitor = None;
     }
 }
 

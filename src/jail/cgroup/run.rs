@@ -258,6 +258,13 @@ impl Cgroup {
         self.unified_path().is_some_and(|path| files::write(path, "cgroup.kill", "1").is_ok())
     }
 
+    /// Stops every process in it, or lets them go on: cgroup.freeze of v2. (v1's freezer is
+    /// not used: who is frozen by that can't be killed.) `false` where that can't be.
+    pub fn freeze(&self, frozen: bool) -> bool {
+        let word = if frozen { "1" } else { "0" };
+        self.unified_path().is_some_and(|path| files::write(path, "cgroup.freeze", word).is_ok())
+    }
+
     /// CPU time of the whole tree since [`Cgroup::start_measuring`].
     ///
     /// # Errors

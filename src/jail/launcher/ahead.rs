@@ -185,6 +185,10 @@ impl Demand {
         if self.idle > IDLE_REVIEWS {
             return 0;
         }
+        // Each lives for many calls: how many run says nothing of how many will be begun.
+        if self.prepared.template.listens {
+            return EACH_MIN;
+        }
         let peak = self.peak.max(self.last_peak);
         if self.calls.max(self.last_calls) >= BUSY {
             // Two steps, lest it be another number after each review.

@@ -26,6 +26,7 @@ use crate::{
         network::EmptyNetwork,
         plan::{Mode, Template},
         run::{self, Parts, Run},
+        service::Service,
         step::{Step, StepError},
     },
     names::RunId,
@@ -62,6 +63,7 @@ struct Ready {
     cgroup: Cgroup,
     decided: Decided,
     open: OpenForInit,
+    service: Option<Service>,
 }
 
 /// What is open for init until it has been cloned.
@@ -89,6 +91,7 @@ impl Ready {
             network,
             root,
             user_namespace: self.open.user_namespace,
+            service: self.service,
             pid,
             pidfd,
             control: self.open.control.ours,
@@ -186,6 +189,7 @@ impl Launcher {
             Ok((pid, pidfd)) => Ok(self.register(ready.into_run(pid, pidfd))),
             Err(error) => {
                 self.discard(ready.cgroup);
+                self.discard_place(ready.service);
                 if let Some(ids) = ready.loan.ids {
                     self.ids.give_back(ids, None);
                 }
@@ -203,7 +207,7 @@ impl Launcher {
             + self.ids.kept()
             + Cgroup::DESCRIPTORS * (self.cgroups.kept() + self.leftovers.len());
         let gone = Run::DESCRIPTORS_WAITING * self.gone.len();
-        let held = OWN_DESCRIPTORS + kept + runs + gone;
+        let held = OWN_DESCRIPTORS + kept + runs + gone + self.connected;
         u64::try_from(held + more * Run::descriptors_needed(template))
             .is_ok_and(|all| all <= self.facts.open_files)
     }
@@ -254,14 +258,24 @@ impl Launcher {
         let id = RunId::random().map_err(|error| run::refusal(step_error(Step::Clone)(error)))?;
         let name = format!("run-{id}");
         let serial = self.next_serial();
-        let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], serial, script };
+        let service = self.make_service(prepared, mode, loan.ids)?;
         self.inject(Step::Idmap)?;
         self.inject(Step::Cgroup)?;
-        let cgroup = self.take_cgroup(&name, template)?;
+        let cgroup = match self.take_cgroup(&name, template) {
+            Ok(cgroup) => cgroup,
+            Err(refusal) => {
+                self.discard_place(service);
+                return Err(refusal);
+            }
+        };
         if let Err(control) = cgroup_controls(&cgroup, template) {
             self.discard(cgroup);
+            self.discard_place(service);
             return Err(lacking(&self.hierarchy, control));
         }
+        let place = service.as_ref().and_then(|service| service.place.as_ref());
+        let socket = place.map(|place| place.socket.as_c_str());
+        let purpose = Purpose { mode, name: &name[..HOST_NAME_LEN], serial, script, socket };
         match self.decide(prepared, &purpose, &loan, &cgroup) {
             Ok((decided, open)) => Ok(Ready {
                 serial,
@@ -271,11 +285,39 @@ impl Launcher {
                 cgroup,
                 decided,
                 open,
+                service,
             }),
             Err(refusal) => {
                 self.discard(cgroup);
+                self.discard_place(service);
                 Err(refusal)
             }
+        }
+    }
+
+    /// What the launcher holds of a run that listens; in direct mode with its directory.
+    fn make_service(
+        &mut self,
+        prepared: &Prepared,
+        mode: Mode,
+        ids: Option<HostIds>,
+    ) -> Result<Option<Service>, Refusal> {
+        if !prepared.template.listens {
+            return Ok(None);
+        }
+        self.inject(Step::ServiceSocket)?;
+        let user = prepared.host_user(mode, ids, &self.facts)?;
+        let place = match mode {
+            Mode::Direct => Some(self.places.place(user)).transpose(),
+            Mode::Jail | Mode::Container => Ok(None),
+        };
+        let place = place.map_err(|error| run::refusal(step_error(Step::ServiceSocket)(error)))?;
+        Ok(Some(Service::new(user.0, place)))
+    }
+
+    fn discard_place(&mut self, service: Option<Service>) {
+        if let Some(place) = service.and_then(|service| service.place) {
+            self.give_back_place(place);
         }
     }
 

@@ -9,8 +9,8 @@
 //! the server's ends that server's runs.
 //!
 //! `peers` is what the two say, `start` starts a run, in a jail that `ahead` has
-//! ready if there is one; `build` builds it, `watch` follows it, and `chores` is what
-//! nobody waits for.
+//! ready if there is one; `build` builds it, `watch` follows it, `service` is what is asked of
+//! one that listens, and `chores` is what nobody waits for.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -27,6 +27,7 @@ mod ahead;
 mod build;
 mod chores;
 mod peers;
+mod service;
 mod start;
 mod watch;
 
@@ -39,6 +40,7 @@ use super::{
     identity::{HostIds, IdPool},
     message::{FromMonitor, LauncherConfig, MESSAGE_MAX},
     network::{EmptyNetwork, EmptyNetworks},
+    places::{Place, Places},
     plan::TemplateId,
     run::Run,
     step::Fault,
@@ -54,7 +56,7 @@ const MONITOR_FD: i32 = 3;
 const OUTBOX_MAX: usize = 65_536;
 /// Descriptors that runs leave to the launcher itself: what it has open for good, a
 /// packet's worth ([`sys::FDS_MAX`]), and what it opens for a moment to make a run.
-const OWN_DESCRIPTORS: usize = 64 + sys::FDS_MAX;
+const OWN_DESCRIPTORS: usize = 64 + Places::DESCRIPTORS + sys::FDS_MAX;
 /// How long word of a start waits for word of the end, to go with it.
 const START_WORD: Duration = Duration::from_millis(2);
 /// Runs that may be answered for while their init is still going.
@@ -161,6 +163,7 @@ struct Remains {
     network: Option<EmptyNetwork>,
     root: Option<EmptyRoot>,
     user_namespace: Option<OwnedFd>,
+    place: Option<Place>,
     /// Whose release the server would have to be told.
     run: Option<RunId>,
 }
@@ -173,6 +176,7 @@ impl Remains {
             network: run.network,
             root: run.root,
             user_namespace: run.user_namespace,
+            place: run.service.and_then(|service| service.place),
             run: None,
         }
     }
@@ -198,6 +202,7 @@ struct Launcher {
     ids: IdPool,
     networks: EmptyNetworks,
     roots: EmptyRoots,
+    places: Places,
     ahead: Ahead,
     sets: VecDeque<LoadedSet>,
     runs: HashMap<u64, Run>,
@@ -205,7 +210,9 @@ struct Launcher {
     next_serial: u64,
     timers: BTreeSet<(Instant, u64)>,
     scheduled: HashMap<u64, Instant>,
-    outbox: VecDeque<Vec<u8>>,
+    outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
+    /// How many connections are in it.
+    connected: usize,
     /// When what is in it goes at the latest.
     outbox_due: Option<Instant>,
     /// The server's socket takes no more for now.
@@ -235,6 +242,7 @@ struct Launcher {
 impl Launcher {
     fn new(monitor: OwnedFd, config: &LauncherConfig) -> Result<Self, String> {
         let facts = Facts::find_out().map_err(|error| format!("this host: {error}"))?;
+        let root = facts.root;
         let hierarchy = Hierarchy::open(&config.cgroup_parent, &config.instance, &our_processes())
             .map_err(|error| format!("cgroups: {}", error.in_full()))?;
         for leftover in hierarchy.leftovers() {
@@ -256,6 +264,7 @@ impl Launcher {
             ids: IdPool::new(config.uid_range),
             networks: EmptyNetworks::new().map_err(|error| format!("network: {error}"))?,
             roots: EmptyRoots::default(),
+            places: Places::new(root),
             ahead: Ahead::new()?,
             sets: VecDeque::new(),
             runs: HashMap::new(),
@@ -264,6 +273,7 @@ impl Launcher {
             timers: BTreeSet::new(),
             scheduled: HashMap::new(),
             outbox: VecDeque::new(),
+            connected: 0,
             outbox_due: None,
             outbox_full: false,
             going: 0,
@@ -306,7 +316,8 @@ impl Launcher {
                 self.do_a_chore();
             }
             if let Some(deadline) = self.ending {
-                if self.runs.is_empty() && self.gone.is_empty() && self.leftovers.is_empty() {
+                let left = self.places.has_left() || !self.leftovers.is_empty();
+                if self.runs.is_empty() && self.gone.is_empty() && !left {
                     break;
                 }
                 if Instant::now() >= deadline {
@@ -314,6 +325,9 @@ impl Launcher {
                     break;
                 }
             }
+        }
+        if let Err(error) = self.places.close() {
+            log(&format!("the directory of sockets: {error}"));
         }
         match self.hierarchy.close() {
             Ok(()) if self.failed => ExitCode::FAILURE,

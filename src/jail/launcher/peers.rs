@@ -1,6 +1,12 @@
 //! What monitor and server say, and how they are answered.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Instant};
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    time::Instant,
+};
 
 use rustix::event::epoll::{self, EventFlags};
 
@@ -93,6 +99,7 @@ impl Launcher {
     pub(super) fn drop_server(&mut self) {
         self.server = None; // closing takes it out of the epoll set
         self.outbox.clear();
+        self.connected = 0;
         self.outbox_full = false;
         self.stop_all();
     }
@@ -162,34 +169,39 @@ impl Launcher {
                     self.with_run(serial, |run| run.stop(cause, now));
                 }
             }
-            FromServer::Connect { run, to } => {
-                let result = Err(libc::EINVAL);
-                self.tell(&FromLauncher::Connected { run, to, result });
-            }
-            FromServer::Look { run } => self.tell(&FromLauncher::Seen { run, sight: None }),
-            FromServer::Freeze { .. } => {}
+            FromServer::Connect { run, to } => self.connect(run, to),
+            FromServer::Look { run } => self.look(run),
+            FromServer::Freeze { run, frozen } => self.freeze(run, frozen),
         }
     }
 
     /// Sends, or keeps for later in order.
     pub(super) fn tell(&mut self, message: &FromLauncher) {
-        self.queue(message);
+        self.tell_with(message, None);
+    }
+
+    /// The same, with a descriptor.
+    pub(super) fn tell_with(&mut self, message: &FromLauncher, descriptor: Option<OwnedFd>) {
+        self.queue(message, descriptor);
         self.flush();
     }
 
     /// Sends with what comes next, but soon: most programs end before the server
     /// could do anything with word of their start.
     pub(super) fn tell_soon(&mut self, message: &FromLauncher) {
-        self.queue(message);
+        self.queue(message, None);
         self.outbox_due.get_or_insert_with(|| Instant::now() + START_WORD);
     }
 
-    fn queue(&mut self, message: &FromLauncher) {
+    fn queue(&mut self, message: &FromLauncher, descriptor: Option<OwnedFd>) {
         if self.server.is_none() {
             return;
         }
         match postcard::to_stdvec(message) {
-            Ok(bytes) => self.outbox.push_back(bytes),
+            Ok(bytes) => {
+                self.connected += usize::from(descriptor.is_some());
+                self.outbox.push_back((bytes, descriptor));
+            }
             Err(error) => log(&format!("an answer can't be encoded: {error}")),
         }
     }
@@ -200,9 +212,12 @@ impl Launcher {
         let was_full = self.outbox_full;
         self.outbox_full = false;
         let mut lost = false;
-        while let Some(bytes) = self.outbox.front() {
-            match sys::send_packet(server, bytes, &[]) {
-                Ok(()) => drop(self.outbox.pop_front()),
+        while let Some((bytes, descriptor)) = self.outbox.front() {
+            match sys::send_packet(server, bytes, descriptor.as_ref().map(AsFd::as_fd).as_slice()) {
+                Ok(()) => {
+                    self.connected -= usize::from(descriptor.is_some());
+                    self.outbox.pop_front();
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.outbox_full = true;
                     break;

@@ -52,7 +52,8 @@ impl Launcher {
         let checked = check::check(&launch, &fds, &prepared.template, &[Mode::Direct, Mode::Jail])
             .map_err(|what| Refusal::Invalid { what })?;
         let cores = cores(&checked, self.facts.processors);
-        let mut call = Call { launch, call_len: checked.call_len, cores, received };
+        let listening = self.listening(&prepared.template)?;
+        let mut call = Call { launch, call_len: checked.call_len, cores, received, listening };
 
         while let Some(serial) = self.take_ahead(&prepared, &call.launch) {
             match self.assign(serial, call, fds, &checked) {
@@ -190,7 +191,7 @@ pub(super) fn cgroup_controls(
     cgroup: &Cgroup,
     template: &Template,
 ) -> Result<Vec<Control>, Control> {
-    let timed = template.limits.cpu_time.finite().is_some();
+    let timed = run::cpu_limit(template).is_some();
     for (control, wanted) in [(Control::CgroupKill, true), (Control::CpuTime, timed)] {
         let there = cgroup.enforced().contains(&control);
         if wanted && !there && !template.best_effort.contains(&control) {

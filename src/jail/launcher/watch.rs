@@ -234,6 +234,9 @@ impl Launcher {
     /// Gives back what a run had. False where its cgroup is of no more use and can't be
     /// removed yet: then that and its uids wait in quarantine.
     pub(super) fn free(&mut self, remains: Remains) -> bool {
+        if let Some(place) = remains.place {
+            self.give_back_place(place);
+        }
         match remains.cgroup.map(|cgroup| self.cgroups.give_back(cgroup)) {
             None | Some(Ok(())) => {
                 // A socket that is left may hold what else is left.
@@ -277,7 +280,9 @@ impl Launcher {
                 Err(cgroup) => self.leftovers.push(Leftover { cgroup, ..leftover }),
             }
         }
-        self.leftovers_due = (!self.leftovers.is_empty()).then(|| now + QUARANTINE_RETRY);
+        self.places.clear_away();
+        let left = self.places.has_left() || !self.leftovers.is_empty();
+        self.leftovers_due = left.then(|| now + QUARANTINE_RETRY);
     }
 }
 

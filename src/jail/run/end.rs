@@ -38,8 +38,7 @@ impl Run {
             oom: self.cgroup.as_ref().map_or(Oom::None, Cgroup::oom),
             denied_syscall: self.denied.clone(),
             refused_syscalls: self.refused.clone(),
-            // Before the filter, the last step but exec, nothing is complete.
-            enforced: if self.filtered { self.enforced.clone() } else { Vec::new() },
+            enforced: self.enforced_now(),
             runtime: None,
             lost: None,
             setup: self
@@ -53,6 +52,13 @@ impl Run {
             pids_peak: usage.pids_peak,
             quarantined: self.phase == Phase::Quarantined,
         }
+    }
+}
+
+impl Run {
+    /// What is in force: before the filter, the last step but exec, nothing is complete.
+    pub(super) fn enforced_now(&self) -> Vec<Control> {
+        if self.filtered { self.enforced.clone() } else { Vec::new() }
     }
 }
 

@@ -178,6 +178,27 @@ fn container_mode_refuses_what_docker_cannot_do() {
 }
 
 #[test]
+fn nothing_is_bound_where_a_service_has_its_socket() {
+    let bound = |target: &str, rest: &str| {
+        faults_of(&format!(
+            "{rest}\n[filesystem]\nbind = [{{ source = \"/srv\", target = \"{target}\" }}]\n"
+        ))
+    };
+    let grpc = "protocol = \"grpc\"";
+    let special = "service.\"a.B/*\" = { protocol = \"grpc\" }";
+    for rest in [grpc, special] {
+        for target in ["/run/grpc", "/run/grpc/inside"] {
+            let faults = bound(target, rest);
+            assert_eq!(faults.len(), 1, "{target} {faults:?}");
+            assert!(faults[0].starts_with("3:9: filesystem.bind has the target"), "{faults:?}");
+        }
+        assert_eq!(bound("/run/grpc2", rest), [""; 0]);
+    }
+    // Others have nothing there.
+    assert_eq!(bound("/run/grpc", ""), [""; 0]);
+}
+
+#[test]
 fn a_wrong_mode_makes_no_further_faults() {
     let faults = faults_of("mode = \"dircet\"\n[identity]\nuser = \"alice\"\n");
     assert_eq!(faults.len(), 1, "{faults:?}");
@@ -196,7 +217,8 @@ fn surprising_policies_are_warned_about() {
         ("[limits]\noutput = \"4MiB\"", "2:10: limits.output is above 3.9MiB"),
         ("[limits]\noutput = \"unlimited\"", "2:10: limits.output is above"),
         ("[service.\"a/b\"]\nlimits = { output = \"5MiB\" }", "2:21: limits.output is above"),
-        ("protocol = \"grpc\"", "1:12: protocol \"grpc\" isn't built yet"),
+        ("protocol = \"grpc\"\nlimits.cpu_time = \"5s\"", "2:19: limits.cpu_time doesn't apply"),
+        ("protocol = \"grpc\"\ninstances.min = 1", "2:17: instances.min is for executables"),
         (
             "[artifacts]\ninterpreters = [\"/bin/sh\"]",
             "2:17: artifacts.interpreters has \"/bin/sh\"",
@@ -208,6 +230,7 @@ fn surprising_policies_are_warned_about() {
     }
     for content in [
         "[limits]\noutput = \"3.9MiB\"",
+        "protocol = \"grpc\"",
         "[filesystem]\nroot = \"host\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]",
         "mode = \"direct\"\n[artifacts]\ninterpreters = [\"/bin/sh\"]",
         "[filesystem]\nbind = [{ source = \"/opt/py\", target = \"/py\" }]\n\

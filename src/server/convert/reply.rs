@@ -18,7 +18,7 @@ pub fn response(reply: Reply, executor_id: &str) -> (wire::ServeResponse, Summar
     let mut report = facts(&reply, summary.verdict);
     let mut output = None;
     if let Ok(finished) = reply.result {
-        output = Some(finished.output);
+        output = finished.output;
         add_outcome(&mut report, finished.outcome);
     }
     let response = wire::ServeResponse {
@@ -109,6 +109,7 @@ fn facts(reply: &Reply, verdict: Verdict) -> wire::ExecutionReport {
         run_id: facts.run.to_string(),
         dispatcher_version: env!("CARGO_PKG_VERSION").to_owned(),
         ignored_context: facts.ignored_context.clone(),
+        warm: facts.warm,
         ..wire::ExecutionReport::default()
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     jail::plan::Mode,
     names::{Digest, Namespace},
     policy::OutputFormat,
+    protocol::grpc::metadata,
     units::{self, MilliCpus, Size},
     wire::{self, serve_request::ServiceDef},
 };
@@ -76,6 +77,7 @@ pub fn call(request: wire::ServeRequest) -> Result<Call, FormError> {
         request_id: bounded("options.request_id", options.request_id, REQUEST_ID_MAX)?,
         labels: bounded_map("options.labels", options.labels)?,
         sealed: None,
+        metadata: context.metadata,
         ignored_context: context.ignored,
     })
 }
@@ -102,6 +104,7 @@ fn check_service_namespace(own: &Namespace, named: &str) -> Result<(), FormError
 struct AskedByContext {
     mode: Option<Mode>,
     limits: AskedLimits,
+    metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
 }
 
@@ -134,7 +137,15 @@ fn context(entries: HashMap<String, String>) -> Result<AskedByContext, FormError
                 };
                 asked.mode = Some(value.parse().map_err(wrong)?);
             }
-            _ => asked.ignored.push(key),
+            _ => match key.strip_prefix(metadata::PREFIX) {
+                Some(name) => {
+                    metadata::check(name, &value).map_err(|what| {
+                        FormError::bad("execution_context.metadata", format!("{name:?} {what}"))
+                    })?;
+                    asked.metadata.insert(name.to_owned(), value);
+                }
+                None => asked.ignored.push(key),
+            },
         }
     }
     Ok(asked)

@@ -8,6 +8,7 @@ use crate::{
     call::FormError,
     dispatch::{CallError, Finished, Reply, rules::Terms},
     execute::{ExecuteError, Outcome, Verdict},
+    instances::NotServed,
     jail::{
         message::{Exhausted, Refusal, StopCause},
         plan::Control,
@@ -40,13 +41,24 @@ pub struct Summary {
 #[must_use]
 pub fn summarize(reply: &Reply) -> Summary {
     match &reply.result {
-        Ok(finished) => ran(finished, reply.facts.terms.as_ref()),
+        Ok(finished) => {
+            let terms = reply.facts.terms.as_ref();
+            match &finished.service {
+                Some(service) => super::service::summarize(&finished.outcome, service, terms),
+                None => ran(finished, terms),
+            }
+        }
         Err(error) => refused(error),
     }
 }
 
 impl Summary {
-    fn new(code: Code, verdict: Verdict, reason: &'static str, message: impl ToString) -> Self {
+    pub(super) fn new(
+        code: Code,
+        verdict: Verdict,
+        reason: &'static str,
+        message: impl ToString,
+    ) -> Self {
         Self {
             code,
             verdict,
@@ -65,13 +77,13 @@ impl Summary {
         Self::new(Code::Internal, Verdict::Failed, "internal", message)
     }
 
-    fn with(mut self, key: &str, value: impl ToString) -> Self {
+    pub(super) fn with(mut self, key: &str, value: impl ToString) -> Self {
         self.details.insert(key.to_owned(), value.to_string());
         self
     }
 
     /// Names the limit that was gone over and, where it has one, its value.
-    fn over(self, limit: &str, allowed: Option<String>) -> Self {
+    pub(super) fn over(self, limit: &str, allowed: Option<String>) -> Self {
         let named = self.with("limit", limit);
         match allowed {
             Some(allowed) => named.with("allowed", allowed),
@@ -88,7 +100,7 @@ impl Summary {
 }
 
 /// A program that was started.
-fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
+pub(super) fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
     let outcome = &finished.outcome;
     let verdict = outcome.verdict;
     let summary = |code, reason, message: String| Summary::new(code, verdict, reason, message);
@@ -162,7 +174,7 @@ fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
     }
 }
 
-fn timed_out(outcome: &Outcome, terms: Option<&Terms>) -> Summary {
+pub(super) fn timed_out(outcome: &Outcome, terms: Option<&Terms>) -> Summary {
     let limit = terms.and_then(|terms| terms.timeout.finite());
     let by_deadline = limit.is_none_or(|limit| outcome.wall + Duration::from_millis(10) < limit);
     let text = match limit {
@@ -173,7 +185,7 @@ fn timed_out(outcome: &Outcome, terms: Option<&Terms>) -> Summary {
     summary.over("timeout", limit.filter(|_| !by_deadline).map(|limit| Span(limit).to_string()))
 }
 
-fn signal_name(signal: i32) -> String {
+pub(super) fn signal_name(signal: i32) -> String {
     match nix::sys::signal::Signal::try_from(signal) {
         Ok(name) => format!("signal {signal} ({name})"),
         Err(_) => format!("signal {signal}"),
@@ -214,7 +226,13 @@ fn refused(error: &CallError) -> Summary {
         E::Unimplemented(_) => Summary::refused(Code::Unimplemented, "unimplemented", error),
         E::Admission(error) => not_admitted(error),
         E::Execute(error) => not_executed(error),
-        E::Internal(_) => Summary::failed(error),
+        E::Service(NotServed::CrashLoop { retry_after, .. }) => {
+            Summary::refused(Code::Unavailable, "crash_loop", error).retry(*retry_after)
+        }
+        E::Service(NotServed::TooMany { retry_after }) => {
+            Summary::refused(Code::ResourceExhausted, "queue_full", error).retry(*retry_after)
+        }
+        E::Service(_) | E::Internal(_) => Summary::failed(error),
     }
 }
 

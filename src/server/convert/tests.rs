@@ -263,13 +263,18 @@ fn reply(result: Result<Finished, CallError>) -> Reply {
         policy_set: Some(Digest::of(b"set")),
         terms: Some(rules::decide(&testing::call(), &policy).unwrap()),
         ignored_context: vec!["x".into()],
+        warm: false,
     };
     Reply { facts, result }
 }
 
+fn finished(verdict: Verdict) -> Finished {
+    let output = Some(prost_types::Any::default());
+    Finished { outcome: outcome(verdict), output, output_fits: true, service: None }
+}
+
 fn ran(verdict: Verdict, change: impl FnOnce(&mut Finished)) -> Summary {
-    let output = prost_types::Any::default();
-    let mut finished = Finished { outcome: outcome(verdict), output, output_fits: true };
+    let mut finished = finished(verdict);
     change(&mut finished);
     summarize(&reply(Ok(finished)))
 }
@@ -562,8 +567,7 @@ fn rows_of_calls_that_never_ran() {
 #[test]
 fn a_response_carries_output_and_report() {
     let output = prost_types::Any { type_url: "x".into(), value: vec![1] };
-    let finished =
-        Finished { outcome: outcome(Verdict::Exited), output: output.clone(), output_fits: true };
+    let finished = Finished { output: Some(output.clone()), ..finished(Verdict::Exited) };
     let (response, _) = response(reply(Ok(finished)), "here");
     assert_eq!(response.executor_id, "here");
     assert_eq!(response.output, Some(output));

@@ -1,0 +1,578 @@
+//! The instances of one artifact, under one policy, of one namespace: who gets which, and
+//! when there are to be more.
+//!
+//! A call takes the least busy instance of its shape. Where none has room, and no more
+//! calls can be expected to be served by those that are being started, one more is, up to
+//! `max`. Failures are told to the calls that waited for them, and make the next start wait
+//! where one follows the other.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+
+use super::{
+    Ask, Count, Key, NotServed, Recipe, Served, Shape, Shared, instance::Instance, review, start,
+};
+use crate::{
+    admission::AdmissionError,
+    execute::stop::StopSignal,
+    names::{MethodName, ServiceName},
+    policy,
+};
+
+/// Starts that fail one after the other before the next has to wait, how long it waits
+/// then, and at the most: twice as long each time.
+const FAILURES_FREE: u32 = 2;
+const BACKOFF_MIN: Duration = Duration::from_millis(250);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// An instance that lived for so long is no part of a crash loop.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// Calls that ran over one after the other, without one that was answered between them,
+/// after which an instance is given up.
+const OVERRUNS_MAX: u32 = 4;
+
+/// When to come again after a long wait.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) key: Key,
+    pub(super) rules: policy::Instances,
+    /// What tells which policy it would be under now.
+    pub(super) sample: (ServiceName, MethodName),
+    /// `min` is kept.
+    pub(super) pinned: bool,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    members: Vec<Member>,
+    /// Shapes of those that are being started.
+    starting: Vec<Shape>,
+    /// Shapes of calls that wait.
+    waiting: Vec<Shape>,
+    /// Of the newest call; what `min` is kept by.
+    recipe: Option<Recipe>,
+    failure: Option<Failure>,
+    /// Failures one after the other.
+    failures: u32,
+    /// How many there were in all.
+    failed: u64,
+    not_before: Option<Instant>,
+    /// Its policy isn't in force any more.
+    superseded: bool,
+}
+
+#[derive(Debug)]
+struct Failure {
+    /// The how manyeth.
+    number: u64,
+    shape: Shape,
+    what: NoLease,
+}
+
+#[derive(Debug)]
+struct Member {
+    instance: Arc<Instance>,
+    shape: Shape,
+    standing: Standing,
+    /// Calls that it has now, and has had.
+    calls: u32,
+    served: u64,
+    /// Calls that ended for us, and perhaps not for it.
+    abandoned: u32,
+    /// Of them, those one after the other.
+    overruns: u32,
+    idle_since: Instant,
+    frozen: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Gets calls.
+    Ready,
+    /// Is looked at: it gets none until it was seen quiet.
+    Examined,
+    /// Gets no more, and ends with the last that it has.
+    Retired,
+}
+
+/// Why a call has no instance.
+#[derive(Clone, Debug)]
+pub(super) enum NoLease {
+    /// For want of a process.
+    NotServed(NotServed),
+    /// The process was no service; in the words of a call that was served.
+    Failed(Box<Served>),
+}
+
+impl From<NotServed> for NoLease {
+    fn from(error: NotServed) -> Self {
+        Self::NotServed(error)
+    }
+}
+
+impl Member {
+    fn has_room(&self, shape: &Shape, rules: &policy::Instances) -> bool {
+        let taken = self.calls.saturating_add(self.abandoned);
+        self.standing == Standing::Ready
+            && self.shape == *shape
+            && taken < rules.concurrency
+            && rules.max_requests.allows(self.served.saturating_add(1))
+            && !self.instance.service.is_ended()
+    }
+}
+
+impl Group {
+    pub(super) fn new(ask: &Ask) -> Self {
+        Self {
+            key: ask.key.clone(),
+            rules: ask.rules.clone(),
+            sample: (ask.service.clone(), ask.method.clone()),
+            pinned: ask.pinned,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An instance for one call, started where that is needed.
+    ///
+    /// Cancel-safe: what is being started goes on for whoever comes next.
+    pub(super) async fn acquire(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        recipe: &Recipe,
+        deadline: Option<Instant>,
+        stop: &mut StopSignal,
+    ) -> Result<Lease, NoLease> {
+        let begun = Instant::now();
+        let mut place = None;
+        let mut known = None;
+        loop {
+            // Made before the look, so that nothing is missed between the two.
+            let changed = self.changed.notified();
+            let queued = match self.look(shared, recipe, &mut known, &mut place)? {
+                Found::Lease(lease) => return Ok(lease),
+                Found::Starting => false,
+                Found::Queued => true,
+            };
+            // Who waits for a start waits as long as that may take.
+            let patience = recipe.patience.finite().filter(|_| queued);
+            tokio::select! {
+                () = changed => {}
+                () = stop.stopped() => {
+                    return Err(NotServed::from(AdmissionError::Stopped).into());
+                }
+                () = until(deadline) => {
+                    return Err(NotServed::from(AdmissionError::Deadline).into());
+                }
+                () = until(patience.and_then(|patience| begun.checked_add(patience))) => {
+                    let waited = patience.unwrap_or_default();
+                    let late = AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER };
+                    return Err(NotServed::from(late).into());
+                }
+            }
+        }
+    }
+
+    /// One look at what there is.
+    fn look(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        recipe: &Recipe,
+        known: &mut Option<u64>,
+        place: &mut Option<Place>,
+    ) -> Result<Found, NoLease> {
+        let mut state = self.state();
+        let shape = &recipe.shape;
+        let free = state.members.iter_mut().filter(|member| member.has_room(shape, &self.rules));
+        if let Some(member) = free.min_by_key(|member| member.calls) {
+            member.calls += 1;
+            member.served += 1;
+            if std::mem::take(&mut member.frozen) {
+                member.instance.service.freeze(false);
+            }
+            let (group, instance) = (Arc::clone(self), Arc::clone(&member.instance));
+            return Ok(Found::Lease(Lease {
+                group,
+                shared: Arc::clone(shared),
+                instance,
+                how: How::Abandoned,
+            }));
+        }
+        // Failures of before it came are not its.
+        let known = *known.get_or_insert(state.failed);
+        if let Some(failure) = &state.failure
+            && failure.number > known
+            && failure.shape == *shape
+        {
+            return Err(failure.what.clone());
+        }
+        if place.is_none() {
+            state.waiting.push(shape.clone());
+            *place = Some(Place { group: Arc::clone(self), shape: shape.clone() });
+        }
+        let starting = state.count_starting(shape);
+        let waiting = state.waiting.iter().filter(|other| *other == shape).count();
+        let expected = starting.saturating_mul(self.rules.concurrency as usize);
+        if waiting <= expected {
+            return Ok(Found::Starting);
+        }
+        let now = Instant::now();
+        if let Some(wait) = state.not_before.and_then(|at| at.checked_duration_since(now)) {
+            if starting > 0 {
+                return Ok(Found::Starting);
+            }
+            let last = state.failure.as_ref().map(|failure| failure.what.in_short());
+            let last = last.unwrap_or_default();
+            return Err(NotServed::CrashLoop { last, retry_after: wait }.into());
+        }
+        if state.members.len() + state.starting.len() < self.rules.max as usize {
+            state.starting.push(shape.clone());
+            state.recipe = Some(recipe.clone());
+            start::begin(shared, self, recipe.clone());
+            return Ok(Found::Starting);
+        }
+        // An idle one of another shape makes room.
+        if let Some(other) = state.members.iter_mut().find(|member| {
+            member.calls == 0 && member.shape != *shape && member.standing != Standing::Retired
+        }) {
+            other.standing = Standing::Retired;
+            other.instance.service.stop();
+        }
+        Ok(if starting > 0 { Found::Starting } else { Found::Queued })
+    }
+
+    /// One that was being started is ready.
+    pub(super) fn started(&self, instance: Arc<Instance>, shape: Shape) {
+        let mut state = self.state();
+        state.no_longer_starting(&shape);
+        state.members.push(Member {
+            instance,
+            shape,
+            standing: Standing::Ready,
+            calls: 0,
+            served: 0,
+            abandoned: 0,
+            overruns: 0,
+            idle_since: Instant::now(),
+            frozen: false,
+        });
+        if state.superseded && state.waiting.is_empty() {
+            state.retire_idle();
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// One that was being started never will be.
+    pub(super) fn not_started(&self, what: NoLease, shape: Shape) {
+        let mut state = self.state();
+        state.no_longer_starting(&shape);
+        // Without a process there was none that could crash.
+        if matches!(what, NoLease::Failed(_)) {
+            state.count_failure();
+        }
+        state.failed += 1;
+        state.failure = Some(Failure { number: state.failed, shape, what });
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// One has ended, for whatever reason.
+    pub(super) fn ended(&self, instance: &Arc<Instance>, last: impl FnOnce() -> NoLease) {
+        let mut state = self.state();
+        let Some(index) = state.position(instance) else { return };
+        let member = state.members.swap_remove(index);
+        let by_itself = member.standing != Standing::Retired;
+        if by_itself {
+            if member.instance.ready_at.elapsed() >= SETTLED {
+                state.failures = 0;
+            }
+            state.count_failure();
+            // Those that it had are told by themselves; this is for the crash loop's words.
+            let number = state.failed;
+            state.failure = Some(Failure { number, shape: member.shape, what: last() });
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// A call let go of its instance.
+    fn release(self: &Arc<Self>, shared: &Arc<Shared>, instance: &Arc<Instance>, how: How) {
+        let mut state = self.state();
+        let superseded = state.superseded;
+        let Some(index) = state.position(instance) else { return };
+        let member = &mut state.members[index];
+        member.calls -= 1;
+        member.idle_since = Instant::now();
+        match how {
+            How::Done => {
+                member.overruns = 0;
+            }
+            How::Abandoned => {
+                member.abandoned = member.abandoned.saturating_add(1);
+                member.overruns += 1;
+            }
+        }
+        let worn = !self.rules.max_requests.allows(member.served.saturating_add(1));
+        if worn || superseded || member.overruns >= OVERRUNS_MAX {
+            member.standing = Standing::Retired;
+        }
+        let idle = member.calls == 0;
+        let retired = member.standing == Standing::Retired;
+        let answered_well = how == How::Done;
+        if idle && retired {
+            member.instance.service.stop();
+        } else if idle && member.abandoned > 0 && member.standing == Standing::Ready {
+            member.standing = Standing::Examined;
+            review::examine(shared, self, instance);
+        }
+        if answered_well {
+            state.failures = 0;
+        }
+        let wake = !state.waiting.is_empty();
+        drop(state);
+        if wake {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// An idle instance was looked at: it is quiet, or goes on with what was given up.
+    pub(super) fn examined(&self, instance: &Arc<Instance>, quiet: bool) {
+        let mut state = self.state();
+        let Some(index) = state.position(instance) else { return };
+        let member = &mut state.members[index];
+        if quiet && member.standing == Standing::Examined {
+            member.standing = Standing::Ready;
+            member.abandoned = 0;
+        } else {
+            member.standing = Standing::Retired;
+            member.instance.service.stop();
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// Ends what is idle for too long, and what is superseded; freezes what was idle for a
+    /// while. When to look again.
+    pub(super) fn review(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        now: Instant,
+        in_force: bool,
+    ) -> Option<Instant> {
+        let mut state = self.state();
+        state.superseded = !in_force;
+        if state.superseded {
+            state.retire_idle();
+            return None;
+        }
+        let wanted = if self.pinned { self.rules.min as usize } else { 0 };
+        let mut spare = state.count_ready().saturating_sub(wanted);
+        let mut next: Option<Instant> = None;
+        let mut due = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
+        for member in state.members.iter_mut().filter(|it| it.standing == Standing::Ready) {
+            if member.calls > 0 {
+                due(now + self.rules.idle_timeout);
+                due(now + review::FREEZE_AFTER);
+                continue;
+            }
+            let end = member.idle_since + self.rules.idle_timeout;
+            if end <= now && spare > 0 {
+                spare -= 1;
+                member.standing = Standing::Retired;
+                member.instance.service.stop();
+                continue;
+            }
+            let freeze = member.idle_since + review::FREEZE_AFTER;
+            if freeze <= now && !member.frozen {
+                member.frozen = true;
+                member.instance.service.freeze(true);
+            }
+            if end > now {
+                due(end);
+            }
+            if !member.frozen {
+                due(freeze);
+            }
+        }
+        let lacking = wanted.saturating_sub(state.count_ready() + state.starting.len());
+        if let (true, Some(recipe)) = (lacking > 0, state.recipe.clone()) {
+            match state.not_before.filter(|at| *at > now) {
+                Some(at) => due(at),
+                None => {
+                    state.starting.push(recipe.shape.clone());
+                    start::begin(shared, self, recipe);
+                }
+            }
+        }
+        next
+    }
+
+    /// Since when its longest idle instance is, if nobody waits for one.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        state.idle().map(|member| member.idle_since).min().filter(|_| state.waiting.is_empty())
+    }
+
+    /// Ends that one: others need its memory more.
+    pub(super) fn evict(&self) -> Option<Arc<Instance>> {
+        let mut state = self.state();
+        let longest = state.idle().min_by_key(|member| member.idle_since)?.instance.clone();
+        let index = state.position(&longest)?;
+        state.members[index].standing = Standing::Retired;
+        longest.service.stop();
+        Some(longest)
+    }
+
+    /// Whether nothing is lost with it.
+    pub(super) fn is_forgettable(self: &Arc<Self>, now: Instant) -> bool {
+        let state = self.state();
+        let nobody =
+            state.members.is_empty() && state.starting.is_empty() && state.waiting.is_empty();
+        // Who is about to take a look holds it.
+        let held = Arc::strong_count(self) > 1;
+        nobody && !held && state.not_before.is_none_or(|at| at <= now)
+    }
+
+    /// Adds its instances.
+    pub(super) fn count(&self, count: &mut Count) {
+        let state = self.state();
+        let busy = state.members.iter().filter(|member| member.calls > 0).count();
+        count.busy += busy;
+        count.idle += state.members.len() - busy;
+    }
+}
+
+impl State {
+    fn position(&self, instance: &Arc<Instance>) -> Option<usize> {
+        self.members.iter().position(|member| Arc::ptr_eq(&member.instance, instance))
+    }
+
+    fn idle(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|it| it.calls == 0 && it.standing == Standing::Ready)
+    }
+
+    fn count_ready(&self) -> usize {
+        self.members.iter().filter(|member| member.standing == Standing::Ready).count()
+    }
+
+    fn count_starting(&self, shape: &Shape) -> usize {
+        self.starting.iter().filter(|other| *other == shape).count()
+    }
+
+    fn no_longer_starting(&mut self, shape: &Shape) {
+        if let Some(index) = self.starting.iter().position(|other| other == shape) {
+            self.starting.swap_remove(index);
+        }
+    }
+
+    fn retire_idle(&mut self) {
+        for member in &mut self.members {
+            if member.calls == 0 && member.standing != Standing::Retired {
+                member.standing = Standing::Retired;
+                member.instance.service.stop();
+            }
+        }
+    }
+
+    fn count_failure(&mut self) {
+        self.failures = self.failures.saturating_add(1);
+        let over = self.failures.saturating_sub(FAILURES_FREE);
+        if over > 0 {
+            let wait = BACKOFF_MIN.saturating_mul(1 << (over - 1).min(16)).min(BACKOFF_MAX);
+            self.not_before = Some(Instant::now() + wait);
+        }
+    }
+}
+
+impl NoLease {
+    fn in_short(&self) -> String {
+        match self {
+            Self::NotServed(error) => error.to_string(),
+            Self::Failed(failed) => failed.in_short(),
+        }
+    }
+}
+
+/// What a look came to.
+enum Found {
+    Lease(Lease),
+    /// One that is being started will do.
+    Starting,
+    /// There are as many as there may be.
+    Queued,
+}
+
+/// A waiting call's place.
+struct Place {
+    group: Arc<Group>,
+    shape: Shape,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.group.state();
+        if let Some(index) = state.waiting.iter().position(|other| *other == self.shape) {
+            state.waiting.swap_remove(index);
+        }
+    }
+}
+
+/// How a call let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// It is over for both sides.
+    Done,
+    /// It is over for us.
+    Abandoned,
+}
+
+/// One call's share of an instance. Dropping it abandons the call.
+#[derive(Debug)]
+pub(super) struct Lease {
+    group: Arc<Group>,
+    shared: Arc<Shared>,
+    instance: Arc<Instance>,
+    how: How,
+}
+
+impl Lease {
+    pub(super) fn instance(&self) -> &Arc<Instance> {
+        &self.instance
+    }
+
+    /// The call is over, for the service too.
+    pub(super) fn done(mut self) {
+        self.how = How::Done;
+    }
+
+    /// The call was given up: whether the service does so too is to be seen.
+    pub(super) fn abandoned(self) {}
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.group.release(&self.shared, &self.instance, self.how);
+    }
+}
+
+pub(super) async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,216 @@
+//! One process that serves: the connection with it, and a call on it.
+
+use std::{
+    collections::HashMap,
+    os::unix::net::UnixStream as StdStream,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    net::UnixStream,
+    time::{Instant, timeout},
+};
+
+use super::{Answered, Unanswered};
+use crate::{
+    execute::{
+        service::{Ended, Service},
+        stop::StopSignal,
+    },
+    jail::{message::ServiceSocket, plan::Control},
+    protocol::grpc::{
+        connection::{Connection, OpenError},
+        reflection::{self, Method},
+        unary::{Answer, CallFailure, Unary},
+    },
+};
+
+/// How long a service that has answered before may take to answer a new connection.
+pub(super) const RECONNECT_WAIT: Duration = Duration::from_secs(5);
+
+/// How long it may take to tell of its methods: else it has none to tell of.
+const REFLECTION_WAIT: Duration = Duration::from_secs(2);
+
+/// Services of one instance whose methods are remembered.
+const SERVICES_MAX: usize = 64;
+
+/// How long a process that closed its connection may take to be known as ended.
+const END_WAIT: Duration = Duration::from_millis(250);
+
+/// One process.
+#[derive(Debug)]
+pub(super) struct Instance {
+    pub(super) service: Service,
+    /// Where it answered.
+    pub(super) socket: ServiceSocket,
+    pub(super) ready_at: Instant,
+    pub(super) enforced: Vec<Control>,
+    pub(super) runtime: Option<String>,
+    connection: tokio::sync::Mutex<Option<Connection>>,
+    /// What is known of its services' methods: `None` for those that it doesn't tell of.
+    methods: Mutex<HashMap<String, Option<Arc<[Method]>>>>,
+}
+
+/// How a call on an instance went.
+#[derive(Debug)]
+pub(super) enum Exchange {
+    Answered(Answered),
+    Unanswered(Unanswered),
+    /// The process ended under it.
+    Ended(Arc<Ended>),
+}
+
+impl Instance {
+    pub(super) fn new(
+        service: Service,
+        socket: ServiceSocket,
+        connection: Connection,
+        enforced: Vec<Control>,
+        runtime: Option<String>,
+    ) -> Self {
+        Self {
+            service,
+            socket,
+            ready_at: Instant::now(),
+            enforced,
+            runtime,
+            connection: tokio::sync::Mutex::new(Some(connection)),
+            methods: Mutex::default(),
+        }
+    }
+
+    /// Makes a call, to its end or to the moment that it must be over.
+    pub(super) async fn exchange(
+        &self,
+        call: &Unary,
+        end_by: Option<Instant>,
+        stop: &mut StopSignal,
+    ) -> Exchange {
+        let called = tokio::select! {
+            biased;
+            called = self.call(call) => called,
+            () = stop.stopped() => Err(Unanswered::Cancelled),
+            () = until(end_by) => Err(Unanswered::TimedOut),
+        };
+        match called {
+            Ok(answered) => Exchange::Answered(answered),
+            Err(why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_))) => {
+                // Its end comes by another way, and may come later.
+                match timeout(END_WAIT, self.service.ended()).await {
+                    Ok(ended) => Exchange::Ended(ended),
+                    Err(_) => Exchange::Unanswered(why),
+                }
+            }
+            Err(why) => Exchange::Unanswered(why),
+        }
+    }
+
+    async fn call(&self, call: &Unary) -> Result<Answered, Unanswered> {
+        let mut retried = false;
+        loop {
+            let connection = self.connection().await?;
+            let method = self.method(&connection, &call.service, &call.method).await?;
+            if method.as_ref().is_some_and(|method| method.streaming) {
+                return Err(Unanswered::Streaming { called: false });
+            }
+            match connection.unary(call).await {
+                Ok(Answer { status, message }) => {
+                    let output = method.map(|method| method.output);
+                    return Ok(Answered { status, message, output });
+                }
+                // It was closing the connection as we came: no harm in coming again.
+                Err(CallFailure::Lost { sent: false, .. }) if !retried => retried = true,
+                Err(CallFailure::Lost { why, .. }) => return Err(Unanswered::ConnectionLost(why)),
+                Err(CallFailure::TooLarge(_)) => return Err(Unanswered::TooLarge),
+                Err(CallFailure::Streaming) => {
+                    return Err(Unanswered::Streaming { called: true });
+                }
+                Err(failure @ (CallFailure::Reset(_) | CallFailure::Malformed(_))) => {
+                    return Err(Unanswered::BadAnswer(failure.to_string()));
+                }
+            }
+        }
+    }
+
+    /// The connection, made anew where it was closed.
+    async fn connection(&self) -> Result<Connection, Unanswered> {
+        let mut kept = self.connection.lock().await;
+        if let Some(connection) = kept.as_ref().filter(|connection| !connection.is_closed()) {
+            return Ok(connection.clone());
+        }
+        *kept = None;
+        let made = timeout(RECONNECT_WAIT, self.connect()).await;
+        let made = made.unwrap_or_else(|_| Err("it doesn't answer".to_owned()));
+        let connection = made.map_err(Unanswered::ConnectionLost)?;
+        *kept = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// A connection of its own, answered.
+    pub(super) async fn connect(&self) -> Result<Connection, String> {
+        let opened = open(&self.service, self.socket).await;
+        opened.map_err(|error| format!("no connection with the service: {error}"))
+    }
+
+    async fn method(
+        &self,
+        connection: &Connection,
+        service: &str,
+        method: &str,
+    ) -> Result<Option<Method>, Unanswered> {
+        let known = self.methods().get(service).cloned();
+        let methods = match known {
+            Some(methods) => methods,
+            None => {
+                let asked = timeout(REFLECTION_WAIT, reflection::methods(connection, service));
+                let methods = match asked.await {
+                    Ok(Ok(methods)) => methods.map(Arc::from),
+                    Ok(Err(lost)) => return Err(Unanswered::ConnectionLost(lost.to_string())),
+                    Err(_) => None,
+                };
+                let mut known = self.methods();
+                if known.len() < SERVICES_MAX {
+                    known.insert(service.to_owned(), methods.clone());
+                }
+                methods
+            }
+        };
+        let found = methods.as_deref().and_then(|all| all.iter().find(|it| it.name == method));
+        Ok(found.cloned())
+    }
+
+    fn methods(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<[Method]>>>> {
+        self.methods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a socket of a service's has no answered connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoConnection {
+    #[error("{0}")]
+    Socket(std::io::Error),
+    #[error("{0}")]
+    Open(OpenError),
+}
+
+/// Connects to a service, and waits for its answer.
+pub(super) async fn open(
+    service: &Service,
+    socket: ServiceSocket,
+) -> Result<Connection, NoConnection> {
+    let connected = service.connect(socket).await.map_err(NoConnection::Socket)?;
+    let stream = StdStream::from(connected);
+    let stream = stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .map_err(NoConnection::Socket)?;
+    Connection::open(stream).await.map_err(NoConnection::Open)
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

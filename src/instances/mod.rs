@@ -1,0 +1,448 @@
+//! gRPC services, kept warm: which process answers a call, and when there is one more or less.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `group` | the instances of one artifact, under one policy, of one namespace |
+//! | `start` | from a launch to an instance that has answered |
+//! | `instance` | one process, the connection with it, a call on it |
+//! | `review` | what ends without a call: idle, superseded, in the way |
+//!
+//! An instance is the same to all calls that it gets. What a call wants of the process
+//! itself (its limits, arguments, environment) is therefore its [`Shape`], and instances
+//! of other shapes are others to it.
+
+mod group;
+mod instance;
+mod review;
+mod start;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use tokio::{sync::Notify, time::Instant};
+
+use self::{
+    group::{Group, Lease, NoLease},
+    instance::Exchange,
+};
+use crate::{
+    admission::{Admission, AdmissionError},
+    execute::{ExecuteError, Executors, Invocation, Outcome, Verdict, stop::StopSignal},
+    jail::plan::{Control, Mode, TemplateId},
+    names::{Digest, MethodName, Namespace, RunId, ServiceName},
+    policy::{self, store::PolicyStore},
+    protocol::grpc::unary::{ServiceStatus, Unary},
+    units::{Limit, MilliCpus},
+};
+
+/// Groups that are remembered.
+const GROUPS_MAX: usize = 4096;
+/// Instances of all groups together.
+const INSTANCES_MAX: usize = 1024;
+/// Bytes of an answer where the policy's limit is "unlimited" or higher.
+const ANSWER_MAX: u64 = 256 << 20;
+
+/// All services, over all namespaces.
+#[derive(Clone, Debug)]
+pub struct Instances {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    executors: Executors,
+    admission: Admission,
+    policies: Arc<PolicyStore>,
+    groups: Mutex<HashMap<Key, Arc<Group>>>,
+    /// Something may now end at another time than was thought.
+    review: Arc<Notify>,
+    /// Somebody does so.
+    watched: AtomicBool,
+}
+
+/// Whose instances: never anybody else's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The caller's namespace.
+    pub namespace: Namespace,
+    /// The policy, and its content.
+    pub policy: (TemplateId, Digest),
+    /// The executable.
+    pub artifact: Digest,
+}
+
+/// What a call wants of the process that serves it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// How it is run.
+    pub mode: Mode,
+    /// Tighter than the policy's, if asked for.
+    pub memory: Option<u64>,
+    /// Tighter than the policy's, if asked for.
+    pub cpus: Option<MilliCpus>,
+    /// argv, complete.
+    pub argv: Vec<String>,
+    /// Environment, complete but for where it listens.
+    pub environment: Vec<(String, String)>,
+}
+
+/// How to start an instance.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// Which instances may take its place.
+    pub shape: Shape,
+    /// The policies by which it was decided.
+    pub policy_set: Digest,
+    /// The sealed executable.
+    pub executable: Arc<OwnedFd>,
+    /// Its size in bytes.
+    pub executable_size: u64,
+    /// For `#!` programs: the interpreter.
+    pub interpreter: Option<String>,
+    /// Bytes of memory that it may have.
+    pub memory: Limit<u64>,
+    /// Bytes of its standard error that are kept.
+    pub stderr_limit: Limit<u64>,
+    /// How long it may wait for memory.
+    pub patience: Limit<Duration>,
+}
+
+impl Recipe {
+    fn invocation(&self, key: &Key, run: RunId) -> Invocation {
+        let Shape { mode, memory, cpus, argv, environment } = self.shape.clone();
+        Invocation {
+            run,
+            policy_set: self.policy_set,
+            template: key.policy.0.clone(),
+            mode,
+            namespace: key.namespace.to_string(),
+            executable: Arc::clone(&self.executable),
+            executable_size: self.executable_size,
+            argv,
+            interpreter: self.interpreter.clone(),
+            environment,
+            input: Bytes::new(),
+            // The time limit is each call's.
+            timeout: Limit::Unlimited,
+            deadline: None,
+            memory,
+            cpus,
+            output_limit: Limit::Unlimited,
+            stderr_limit: self.stderr_limit,
+        }
+    }
+}
+
+/// One call to a service.
+#[derive(Debug)]
+pub struct Ask {
+    /// Whose instances may serve it.
+    pub key: Key,
+    /// How to start one.
+    pub recipe: Recipe,
+    /// Which service, for telling whether its policy is still in force.
+    pub service: ServiceName,
+    /// Which method likewise.
+    pub method: MethodName,
+    /// The policy's `[instances]`.
+    pub rules: policy::Instances,
+    /// Whether the policy names the digests that may run: then `min` are kept.
+    pub pinned: bool,
+    /// The message and what goes with it; its timeout is set here.
+    pub call: Unary,
+    /// Wall clock of the call.
+    pub timeout: Limit<Duration>,
+    /// When it must be over whatever its timeout.
+    pub deadline: Option<Instant>,
+    /// Heard when nobody waits for it any more.
+    pub stop: StopSignal,
+    /// Bytes of the answer.
+    pub output_limit: Limit<u64>,
+}
+
+/// A call that was served, or an instance that could not be had for it.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// How it went, as far as it is the process's doing or ours.
+    pub outcome: Outcome,
+    /// The instance.
+    pub instance: Option<RunId>,
+    /// It was there before the call came.
+    pub warm: bool,
+    /// What it answered.
+    pub answer: Result<Answered, Unanswered>,
+}
+
+/// What a service answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// Its status.
+    pub status: ServiceStatus,
+    /// Its message.
+    pub message: Bytes,
+    /// Full name of the message's type, where the service tells.
+    pub output: Option<String>,
+}
+
+/// Why a service didn't answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unanswered {
+    /// The call's time was over.
+    TimedOut,
+    /// Nobody waited for it any more.
+    Cancelled,
+    /// Its answer is larger than it may be.
+    TooLarge,
+    /// The method takes or gives more than one message; `called`: as its answer showed.
+    Streaming {
+        /// Whether it was called.
+        called: bool,
+    },
+    /// It answered with what is no answer.
+    BadAnswer(String),
+    /// It closed the connection, and lives on.
+    ConnectionLost(String),
+    /// Its process ended; the outcome has how.
+    Ended,
+    /// Its process ended before it had answered anything.
+    EndedAtStart,
+    /// It didn't answer within `start_timeout`.
+    StartTimeout(Duration),
+    /// It answers with what is no gRPC.
+    NotGrpc(String),
+}
+
+/// Why a call wasn't given to any instance.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NotServed {
+    /// The process could not be started.
+    #[error(transparent)]
+    Execute(#[from] ExecuteError),
+    /// It can't have an instance now.
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    /// Instances end as soon as they are started: the next one is a while off.
+    #[error("the service ended again and again, lately so: {last}")]
+    CrashLoop {
+        /// How the last one ended.
+        last: String,
+        /// When the next may be started.
+        retry_after: Duration,
+    },
+    /// There are as many services as may be remembered.
+    #[error("there are too many services; come again later")]
+    TooMany {
+        /// When to come again.
+        retry_after: Duration,
+    },
+}
+
+/// How many instances there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// With a call.
+    pub busy: usize,
+    /// Without one.
+    pub idle: usize,
+}
+
+impl Instances {
+    /// None yet.
+    #[must_use]
+    pub fn new(executors: Executors, admission: Admission, policies: Arc<PolicyStore>) -> Self {
+        let shared = Arc::new(Shared {
+            executors,
+            admission,
+            policies,
+            groups: Mutex::default(),
+            review: Arc::default(),
+            watched: AtomicBool::new(false),
+        });
+        Self { shared }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> Count {
+        let mut count = Count::default();
+        for group in self.shared.groups().values() {
+            group.count(&mut count);
+        }
+        count
+    }
+
+    /// Serves one call: by an instance that is there, or by one that is started for it.
+    ///
+    /// # Errors
+    /// [`NotServed`]
+    pub async fn serve(&self, ask: Ask) -> Result<Served, NotServed> {
+        let begun = Instant::now();
+        let started = SystemTime::now();
+        let group = self.group(&ask)?;
+        let Ask { recipe, mut call, timeout, deadline, mut stop, output_limit, .. } = ask;
+        let lease = match group.acquire(&self.shared, &recipe, deadline, &mut stop).await {
+            Ok(lease) => lease,
+            Err(NoLease::NotServed(error)) => return Err(error),
+            Err(NoLease::Failed(failed)) => return Ok(*failed),
+        };
+        let warm = lease.instance().ready_at <= begun;
+        let setup = begun.elapsed();
+        let now = Instant::now();
+        let own = timeout.finite().and_then(|timeout| now.checked_add(timeout));
+        let end_by = [own, deadline].into_iter().flatten().min();
+        call.timeout = end_by.map(|end| end.saturating_duration_since(now));
+        call.limit = output_limit.finite().unwrap_or(ANSWER_MAX).min(ANSWER_MAX);
+        let mark = lease.instance().service.logged();
+        let exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
+        let wall = now.elapsed();
+        let times = Times { started, setup, wall };
+        Ok(told(lease, exchange, times, mark, warm, call.timeout.is_some()).await)
+    }
+
+    fn group(&self, ask: &Ask) -> Result<Arc<Group>, NotServed> {
+        let mut groups = self.shared.groups();
+        if let Some(group) = groups.get(&ask.key) {
+            return Ok(Arc::clone(group));
+        }
+        if groups.len() >= GROUPS_MAX {
+            groups.retain(|_, group| !group.is_forgettable(Instant::now()));
+        }
+        if groups.len() >= GROUPS_MAX {
+            return Err(NotServed::TooMany { retry_after: Duration::from_secs(1) });
+        }
+        let group = Arc::new(Group::new(ask));
+        groups.insert(ask.key.clone(), Arc::clone(&group));
+        if !self.shared.watched.swap(true, Ordering::Relaxed) {
+            review::watch(&self.shared);
+        }
+        Ok(group)
+    }
+}
+
+impl Shared {
+    fn groups(&self) -> MutexGuard<'_, HashMap<Key, Arc<Group>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_groups(&self) -> Vec<Arc<Group>> {
+        self.groups().values().cloned().collect()
+    }
+}
+
+struct Times {
+    started: SystemTime,
+    setup: Duration,
+    wall: Duration,
+}
+
+/// Puts how a call went into words, and lets its instance go.
+async fn told(
+    lease: Lease,
+    exchange: Exchange,
+    times: Times,
+    mark: u64,
+    warm: bool,
+    timed: bool,
+) -> Served {
+    let instance = Arc::clone(lease.instance());
+    let answer = match exchange {
+        Exchange::Answered(answered) => {
+            lease.done();
+            Ok(answered)
+        }
+        Exchange::Unanswered(why) => {
+            match &why {
+                Unanswered::TimedOut | Unanswered::Cancelled => lease.abandoned(),
+                _ => lease.done(),
+            }
+            Err(why)
+        }
+        Exchange::Ended(ended) => {
+            lease.done();
+            let mut outcome = match &ended.0 {
+                Ok(outcome) => outcome.clone(),
+                Err(_) => blank(Verdict::Failed),
+            };
+            let (stderr, stderr_truncated) = instance.service.log_since(mark);
+            outcome = Outcome { stderr, stderr_truncated, ..outcome };
+            outcome = Outcome { started: times.started, setup: times.setup, ..outcome };
+            outcome.wall = times.wall;
+            let answer = Err(Unanswered::Ended);
+            return Served { outcome, instance: Some(instance.service.run()), warm, answer };
+        }
+    };
+    let verdict = match &answer {
+        Ok(_) | Err(Unanswered::BadAnswer(_) | Unanswered::ConnectionLost(_)) => Verdict::Completed,
+        Err(Unanswered::Streaming { called: true }) => Verdict::Completed,
+        Err(Unanswered::TimedOut) => Verdict::TimedOut,
+        Err(Unanswered::Cancelled) => Verdict::Cancelled,
+        Err(Unanswered::TooLarge) => Verdict::OutputExceeded,
+        Err(_) => Verdict::Refused,
+    };
+    let (stderr, stderr_truncated) = instance.service.log_since(mark);
+    let mut enforced = instance.enforced.clone();
+    enforced.extend(timed.then_some(Control::Timeout));
+    enforced.push(Control::Output);
+    let outcome = Outcome {
+        stderr,
+        stderr_truncated,
+        started: times.started,
+        setup: times.setup,
+        wall: times.wall,
+        enforced,
+        runtime: instance.runtime.clone(),
+        ..blank(verdict)
+    };
+    Served { outcome, instance: Some(instance.service.run()), warm, answer }
+}
+
+/// An outcome of which only the verdict is known.
+fn blank(verdict: Verdict) -> Outcome {
+    Outcome {
+        verdict,
+        exit_code: 0,
+        signal: 0,
+        stdout: Bytes::new(),
+        stdout_truncated: false,
+        stderr: Bytes::new(),
+        stderr_truncated: false,
+        started: SystemTime::UNIX_EPOCH,
+        setup: Duration::ZERO,
+        wall: Duration::ZERO,
+        user: Duration::ZERO,
+        system: Duration::ZERO,
+        memory_peak: 0,
+        pids_peak: 0,
+        enforced: Vec::new(),
+        runtime: None,
+        denied_syscall: String::new(),
+        refused_syscalls: Vec::new(),
+        failure: None,
+        quarantined: false,
+    }
+}
+
+impl Served {
+    /// How it went, in a few words.
+    fn in_short(&self) -> String {
+        match &self.answer {
+            Ok(_) => "it answered".to_owned(),
+            Err(Unanswered::StartTimeout(_)) => "it did not answer in time".to_owned(),
+            Err(Unanswered::NotGrpc(what)) => what.clone(),
+            Err(_) => match (self.outcome.exit_code, self.outcome.signal) {
+                (code, 0) => format!("{:?} with code {code}", self.outcome.verdict),
+                (_, signal) => format!("{:?} with signal {signal}", self.outcome.verdict),
+            },
+        }
+    }
+}

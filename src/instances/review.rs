@@ -1,0 +1,117 @@
+//! What ends instances without a call: time, other policies, and others' need of memory.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::{Shared, group::Group, instance::Instance};
+use crate::{execute::service::Service, policy::PolicySet};
+
+/// How long an instance is idle before it may use no more processor time.
+pub(super) const FREEZE_AFTER: Duration = Duration::from_secs(2);
+
+/// How long one that was stopped may take until its memory is free.
+const GONE_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a service may go on with calls that were given up.
+const GRACE: Duration = Duration::from_secs(1);
+/// How its processor time is looked at meanwhile, and the share of one processor that is
+/// not the work of a call.
+const WINDOW: Duration = Duration::from_millis(100);
+const QUIET: f64 = 0.25;
+
+/// How long the watch waits at most: then it looks whether it is still needed.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// Looks after all instances for as long as there is anybody who has them.
+pub(super) fn watch(shared: &Arc<Shared>) {
+    let weak = Arc::downgrade(shared);
+    let (admission, executors) = (shared.admission.clone(), shared.executors.clone());
+    let news = Arc::clone(&shared.review);
+    tokio::spawn(async move {
+        loop {
+            let Some(shared) = weak.upgrade() else { return };
+            let next = review(&shared, Instant::now());
+            drop(shared);
+            let latest = Instant::now() + LOOK_AGAIN;
+            let pressure = tokio::select! {
+                () = admission.pressure() => true,
+                () = news.notified() => false,
+                () = executors.renewed() => false,
+                () = sleep_until(next.map_or(latest, |next| next.min(latest))) => false,
+            };
+            if pressure
+                && admission.lacks_memory()
+                && let Some(shared) = weak.upgrade()
+            {
+                evict(&shared).await;
+            }
+        }
+    });
+}
+
+fn review(shared: &Arc<Shared>, now: Instant) -> Option<Instant> {
+    let policies = shared.policies.current();
+    let groups = shared.all_groups();
+    let next = groups
+        .iter()
+        .filter_map(|group| group.review(shared, now, is_in_force(&policies, group)))
+        .min();
+    drop(groups);
+    shared.groups().retain(|_, group| !group.is_forgettable(now));
+    next
+}
+
+/// Whether its calls would be decided by the same policy now.
+fn is_in_force(policies: &PolicySet, group: &Group) -> bool {
+    let (service, method) = &group.sample;
+    let now = policies.choose(&group.key.namespace, service.as_str(), method.as_str());
+    now.is_some_and(|policy| {
+        (&policy.id, &policy.digest) == (&group.key.policy.0, &group.key.policy.1)
+    })
+}
+
+/// Ends the longest idle instance of all, and waits until it is gone. False where none is
+/// idle.
+pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
+    let longest = shared
+        .all_groups()
+        .into_iter()
+        .filter_map(|group| Some((group.idle_since()?, group)))
+        .min_by_key(|(since, _)| *since);
+    let Some(instance) = longest.and_then(|(_, group)| group.evict()) else { return false };
+    timeout(GONE_WAIT, instance.service.ended()).await.is_ok()
+}
+
+/// Looks whether an instance without calls goes on with those that were given up.
+pub(super) fn examine(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<Instance>) {
+    let (shared, group, instance) = (Arc::clone(shared), Arc::clone(group), Arc::clone(instance));
+    tokio::spawn(async move {
+        let answers = timeout(GRACE, instance.connect());
+        let quiet = is_quiet(&instance.service);
+        let (answers, quiet) = tokio::join!(answers, quiet);
+        group.examined(&instance, quiet && matches!(answers, Ok(Ok(_))));
+        shared.review.notify_one();
+    });
+}
+
+async fn is_quiet(service: &Service) -> bool {
+    let end = Instant::now() + GRACE;
+    let mut before = used(service).await;
+    while Instant::now() < end {
+        let begun = Instant::now();
+        sleep(WINDOW).await;
+        let now = used(service).await;
+        let (Some(from), Some(to)) = (before, now) else { return false };
+        let share = (to.saturating_sub(from)).as_secs_f64() / begun.elapsed().as_secs_f64();
+        if share < QUIET {
+            return true;
+        }
+        before = now;
+    }
+    false
+}
+
+async fn used(service: &Service) -> Option<Duration> {
+    service.look().await.map(|sight| sight.user + sight.system)
+}

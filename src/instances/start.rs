@@ -1,0 +1,221 @@
+//! Starting an instance: memory, a process, and the first that answers.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{info, warn};
+
+use super::{
+    INSTANCES_MAX, Instances, NotServed, Recipe, Served, Shared, Unanswered, blank,
+    group::{Group, NoLease},
+    instance::{Instance, NoConnection, open},
+    review,
+};
+use crate::{
+    admission::{AdmissionError, Share},
+    execute::{
+        ExecuteError, Outcome, Verdict,
+        service::{Ended, Service},
+    },
+    jail::message::ServiceSocket,
+    names::RunId,
+    protocol::grpc::connection::{Connection, OpenError},
+};
+
+/// How often a service is looked for that hasn't begun to listen: nothing tells of it.
+/// At first, and at the most; twice as long each time.
+const LOOK_MIN: Duration = Duration::from_millis(1);
+const LOOK_MAX: Duration = Duration::from_millis(20);
+
+/// How long an instance that was stopped may take to be gone.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+
+/// When to come again where there is no room for another.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Starts one, for whoever waits by the time that it is ready.
+pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe) {
+    let (shared, group) = (Arc::clone(shared), Arc::clone(group));
+    tokio::spawn(async move {
+        let shape = recipe.shape.clone();
+        match start(&shared, &group, &recipe).await {
+            Ok(instance) => {
+                let instance = Arc::new(instance);
+                follow(&group, &instance);
+                group.started(instance, shape);
+                shared.review.notify_one();
+            }
+            Err(what) => group.not_started(what, shape),
+        }
+    });
+}
+
+/// Tells the group of the instance's end.
+fn follow(group: &Arc<Group>, instance: &Arc<Instance>) {
+    let (group, instance) = (Arc::clone(group), Arc::clone(instance));
+    tokio::spawn(async move {
+        let ended = instance.service.ended().await;
+        let lived = instance.ready_at.elapsed();
+        info!(
+            instance = %instance.service.run(), namespace = %group.key.namespace, ?lived,
+            how = %in_words(&ended), "an instance ended"
+        );
+        group.ended(&instance, || failed(&instance.service, &ended, Unanswered::Ended));
+    });
+}
+
+async fn start(
+    shared: &Arc<Shared>,
+    group: &Arc<Group>,
+    recipe: &Recipe,
+) -> Result<Instance, NoLease> {
+    let begun = Instant::now();
+    let share = memory(shared, recipe).await.map_err(NotServed::from)?;
+    let run = RunId::random().map_err(|error| {
+        let error = error.to_string();
+        NotServed::from(ExecuteError::Internal { what: "making an id", error })
+    })?;
+    let executor = shared.executors.of(recipe.shape.mode);
+    let invocation = recipe.invocation(&group.key, run);
+    let service =
+        executor.start_service(invocation, Box::new(share)).await.map_err(NotServed::from)?;
+    let within = group.rules.start_timeout;
+    let ready = tokio::select! {
+        biased;
+        ready = answered(&service) => ready,
+        ended = service.ended() => {
+            return Err(failed(&service, &ended, Unanswered::EndedAtStart));
+        }
+        () = sleep_until(begun + within) => Err(Unanswered::StartTimeout(within)),
+    };
+    let sight = match &ready {
+        Ok(_) => service.look().await,
+        Err(_) => None,
+    };
+    match (ready, sight) {
+        (Ok((socket, connection)), Some(sight)) => {
+            info!(
+                instance = %run, namespace = %group.key.namespace, artifact = %group.key.artifact,
+                took = ?begun.elapsed(), "an instance is ready"
+            );
+            Ok(Instance::new(service, socket, connection, sight.enforced, sight.runtime))
+        }
+        (Ok(_), None) => {
+            let ended = service.ended().await;
+            Err(failed(&service, &ended, Unanswered::EndedAtStart))
+        }
+        (Err(why), _) => {
+            service.stop();
+            // What it was granted is another's only when it is gone.
+            let gone = timeout(STOP_WAIT, service.ended()).await;
+            if gone.is_err() {
+                warn!(instance = %run, "an instance that was stopped is not gone yet");
+            }
+            Err(unready(&service, why))
+        }
+    }
+}
+
+/// Its memory; idle instances make room for it.
+async fn memory(shared: &Arc<Shared>, recipe: &Recipe) -> Result<Share, AdmissionError> {
+    let begun = Instant::now();
+    let patience = recipe.patience.finite();
+    loop {
+        let released = shared.admission.released();
+        let room = {
+            let count = Instances { shared: Arc::clone(shared) }.count();
+            count.busy + count.idle < INSTANCES_MAX
+        };
+        if room && let Some(share) = shared.admission.share(recipe.memory)? {
+            return Ok(share);
+        }
+        if review::evict(shared).await {
+            continue;
+        }
+        let end = patience.and_then(|patience| begun.checked_add(patience));
+        tokio::select! {
+            () = released => {}
+            () = super::group::until(end) => {
+                let waited = patience.unwrap_or_default();
+                return Err(AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER });
+            }
+        }
+    }
+}
+
+/// The first of its two sockets that answers.
+async fn answered(service: &Service) -> Result<(ServiceSocket, Connection), Unanswered> {
+    let (inherited, own) = (ServiceSocket::Inherited, ServiceSocket::Own);
+    tokio::select! {
+        found = answers(service, inherited) => found.map(|connection| (inherited, connection)),
+        found = answers(service, own) => found.map(|connection| (own, connection)),
+    }
+}
+
+/// Returns when it answers there, or with what is no answer. Never where it closed that
+/// socket: it may listen at the other.
+async fn answers(service: &Service, socket: ServiceSocket) -> Result<Connection, Unanswered> {
+    let mut pause = LOOK_MIN;
+    loop {
+        let later = match open(service, socket).await {
+            Ok(connection) => return Ok(connection),
+            Err(NoConnection::Open(error @ (OpenError::Foreign(_) | OpenError::Failed(_)))) => {
+                return Err(Unanswered::NotGrpc(error.to_string()));
+            }
+            // Closed with what it inherited, or by a server that was just about to begin.
+            Err(NoConnection::Open(OpenError::Closed)) => true,
+            Err(NoConnection::Socket(error)) => match error.raw_os_error() {
+                Some(libc::EPERM) => {
+                    let what = "what is at GRPC_UNIX_SOCKET is no socket of its own";
+                    return Err(Unanswered::NotGrpc(what.to_owned()));
+                }
+                Some(libc::ECONNREFUSED) => socket == ServiceSocket::Own,
+                _ => error.kind() != io::ErrorKind::NotConnected,
+            },
+        };
+        if !later {
+            return std::future::pending().await;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LOOK_MAX);
+    }
+}
+
+/// An instance that ended before its time, in the words of a call.
+fn failed(service: &Service, ended: &Ended, why: Unanswered) -> NoLease {
+    match &ended.0 {
+        Err(error) => NotServed::from(error.clone()).into(),
+        Ok(outcome) => NoLease::Failed(Box::new(Served {
+            outcome: outcome.clone(),
+            instance: Some(service.run()),
+            warm: false,
+            answer: Err(why),
+        })),
+    }
+}
+
+/// One that was there, and of no use.
+fn unready(service: &Service, why: Unanswered) -> NoLease {
+    let verdict = match why {
+        Unanswered::StartTimeout(_) => Verdict::TimedOut,
+        _ => Verdict::Refused,
+    };
+    let (stderr, stderr_truncated) = service.log_since(0);
+    NoLease::Failed(Box::new(Served {
+        outcome: Outcome { stderr, stderr_truncated, ..blank(verdict) },
+        instance: Some(service.run()),
+        warm: false,
+        answer: Err(why),
+    }))
+}
+
+fn in_words(ended: &Ended) -> String {
+    match &ended.0 {
+        Ok(outcome) => match (outcome.exit_code, outcome.signal) {
+            (0, 0) => format!("{:?}", outcome.verdict),
+            (code, 0) => format!("{:?}, code {code}", outcome.verdict),
+            (_, signal) => format!("{:?}, signal {signal}", outcome.verdict),
+        },
+        Err(error) => error.to_string(),
+    }
+}

@@ -1,0 +1,270 @@
+//! One HTTP/2 connection with a service, over a socket that is connected already.
+//!
+//! A connected socket says nothing of a service: the kernel connects to whoever listens,
+//! whether or not he ever takes the connection. What tells is the first frame: a server
+//! begins with its SETTINGS (RFC 9113, 3.4), and until they have come nothing is sent but
+//! the client's own beginning.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+    sync::oneshot,
+    task::AbortHandle,
+};
+
+use super::unary::Message;
+
+/// Bytes under way on one call and on the connection before we take them: large messages
+/// come at full speed, and no faster than they are read.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Bytes of a frame that we take: large messages come in few.
+const FRAME_MAX: u32 = 256 << 10;
+
+/// Bytes of a reply's headers or trailers.
+const HEADERS_MAX: u32 = 16 << 10;
+
+/// Bytes of a message that may wait to be sent.
+const SEND_BUFFER: usize = 1 << 20;
+
+/// A frame's header, RFC 9113, 4.1: length, type, flags, stream.
+const FRAME_HEADER: usize = 9;
+const SETTINGS: u8 = 4;
+/// Bytes of SETTINGS that are still believed.
+const SETTINGS_MAX: usize = 16 << 10;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It was closed before anything came.
+    #[error("it closed the connection without a word")]
+    Closed,
+    /// What came isn't HTTP/2.
+    #[error("it doesn't speak HTTP/2: it began with {0}")]
+    Foreign(String),
+    /// Anything else.
+    #[error("the connection failed: {0}")]
+    Failed(String),
+}
+
+/// An answered connection. Calls on it go on side by side; dropping the last clone closes it.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    pub(super) sender: SendRequest<Message>,
+    _task: std::sync::Arc<Task>,
+}
+
+#[derive(Debug)]
+struct Task(AbortHandle);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Connection {
+    /// Begins HTTP/2 on a connected socket and returns once the other side has answered,
+    /// however long that takes. Cancel-safe: the socket is closed.
+    ///
+    /// # Errors
+    /// [`OpenError`]
+    pub async fn open(socket: UnixStream) -> Result<Self, OpenError> {
+        let (greet, greeted) = oneshot::channel();
+        let socket = Listening { socket, first: Vec::new(), greet: Some(greet) };
+        let failed = |error: hyper::Error| OpenError::Failed(in_full(&error));
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME_MAX)
+            .max_header_list_size(HEADERS_MAX)
+            .max_send_buf_size(SEND_BUFFER)
+            .handshake(TokioIo::new(socket))
+            .await
+            .map_err(failed)?;
+        let task = tokio::spawn(async move {
+            // Whoever has a call on it learns of it there.
+            let _ = connection.await;
+        });
+        let connection = Self { sender, _task: std::sync::Arc::new(Task(task.abort_handle())) };
+        match greeted.await {
+            Ok(Greeting::Settings) => Ok(connection),
+            Ok(Greeting::Foreign(bytes)) => Err(OpenError::Foreign(shown(&bytes))),
+            Ok(Greeting::End) | Err(_) => Err(OpenError::Closed),
+        }
+    }
+
+    /// Whether no call can be made on it any more.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+}
+
+/// Bytes as text, for an error.
+fn shown(bytes: &[u8]) -> String {
+    let text: Vec<u8> = bytes.iter().copied().flat_map(std::ascii::escape_default).collect();
+    format!("\"{}\"", String::from_utf8_lossy(&text))
+}
+
+/// An error with what caused it.
+pub(super) fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// What a server began with.
+#[derive(Debug, PartialEq, Eq)]
+enum Greeting {
+    Settings,
+    Foreign(Vec<u8>),
+    End,
+}
+
+/// Tells of the first frame's header.
+fn greeting(first: &[u8]) -> Option<Greeting> {
+    let header: &[u8; FRAME_HEADER] = first.get(..FRAME_HEADER)?.try_into().ok()?;
+    let [a, b, c, kind, flags, stream @ ..] = *header;
+    let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+    let settings = kind == SETTINGS && flags == 0 && stream == [0; 4];
+    let sensible = length % 6 == 0 && length <= SETTINGS_MAX;
+    Some(match settings && sensible {
+        true => Greeting::Settings,
+        false => Greeting::Foreign(first.to_vec()),
+    })
+}
+
+/// A socket that listens to how the other side begins.
+#[derive(Debug)]
+struct Listening {
+    socket: UnixStream,
+    first: Vec<u8>,
+    /// Taken once that is known.
+    greet: Option<oneshot::Sender<Greeting>>,
+}
+
+impl Listening {
+    fn hear(&mut self, bytes: &[u8]) {
+        if self.greet.is_none() {
+            return;
+        }
+        let greeting = if bytes.is_empty() {
+            match self.first.is_empty() {
+                true => Some(Greeting::End),
+                false => Some(Greeting::Foreign(std::mem::take(&mut self.first))),
+            }
+        } else {
+            let missing = FRAME_HEADER.saturating_sub(self.first.len());
+            self.first.extend_from_slice(&bytes[..bytes.len().min(missing)]);
+            greeting(&self.first)
+        };
+        if let Some((greeting, greet)) = greeting.and_then(|it| Some((it, self.greet.take()?))) {
+            let _ = greet.send(greeting);
+        }
+    }
+}
+
+impl AsyncRead for Listening {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(context, buffer))?;
+        self.hear(&buffer.filled()[before..]);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Listening {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(context)
+    }
+}
+
+/// How long a connection that should be answered at once may take: a service that has
+/// answered before, and isn't held up by anything that we know of.
+pub const PROMPT: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[test]
+    fn only_settings_are_a_beginning() {
+        let settings = [0, 0, 12, 4, 0, 0, 0, 0, 0];
+        assert_eq!(greeting(&settings[..8]), None);
+        assert_eq!(greeting(&settings), Some(Greeting::Settings));
+        for (at, value) in [(2, 13), (0, 255), (3, 0), (4, 1), (8, 1)] {
+            let mut other = settings;
+            other[at] = value;
+            assert_eq!(greeting(&other), Some(Greeting::Foreign(other.to_vec())), "{at}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_server_is_told_as_what_it_is() {
+        for (begins, told) in [
+            (&b"HTTP/1.1 400 Bad Request\r\n"[..], "\"HTTP/1.1 \""),
+            (b"\x00\x01", "\"\\x00\\x01\""),
+            (b"", "without a word"),
+        ] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let says = async {
+                theirs.write_all(begins).await.unwrap();
+                theirs.shutdown().await.unwrap();
+            };
+            let (opened, ()) = tokio::join!(Connection::open(ours), says);
+            let error = opened.map(drop).unwrap_err().to_string();
+            assert!(error.contains(told), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_waited_for() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let opened = tokio::time::timeout(Duration::from_millis(50), Connection::open(ours));
+        assert!(opened.await.is_err());
+    }
+}
