@@ -33,6 +33,10 @@ macro_rules! needs_namespaces {
     };
 }
 
+// After what it uses: a macro's scope is that of the text.
+#[path = "container_init/listener.rs"]
+mod listener;
+
 #[test]
 fn it_is_small_and_static() {
     assert!(INIT.len() < 8192, "{} bytes", INIT.len());
@@ -179,7 +183,8 @@ fn malformed_messages_start_nothing() {
         ended == (Some(exit::MALFORMED), [vec![], vec![]])
     };
     // Beyond the bounds: at once, whatever else is to come.
-    let good = Header { nonce: NONCE, arguments: 1, environment: 0, strings_len: 8 };
+    let good =
+        Header { nonce: NONCE, arguments: 1, environment: 0, strings_len: 8, listens: false };
     for header in [
         Header { strings_len: STRINGS_MAX + 1, ..good },
         Header { strings_len: u32::MAX, ..good },
@@ -189,6 +194,10 @@ fn malformed_messages_start_nothing() {
     ] {
         assert!(refused(&header.encode(), true), "{header:?}");
     }
+    // Neither a service nor none.
+    let mut neither = good.encode();
+    neither[Header::LEN - 4] = 2;
+    assert!(refused(&neither, true));
     // Cut off anywhere; other counts than there are strings.
     let whole = message("/bin/echo", &[b"echo", b"started"], &[b"A=B"]);
     let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(12) };

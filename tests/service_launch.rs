@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{host::Process, programs, rootless, wait_for, wait_until};
+use common::{programs, rootless, wait_for, wait_until};
 use dispatcher::{
     jail::{
         message::{
@@ -27,9 +27,7 @@ use dispatcher::{
     units::Limit,
 };
 use driver::{Io, Launcher, send};
-use instance::{
-    Instance, LIMIT, MODES, PATH, Services, below, connect, instance, launch, look, template,
-};
+use instance::{Instance, LIMIT, MODES, PATH, Services, connect, launch, look, template};
 use rustix::process::{Pid, Signal};
 
 #[test]
@@ -422,117 +420,6 @@ fn a_service_is_asked_for_by_the_policy_alone() {
     services.instance(Mode::Jail).stop();
 }
 
-fn settled_descriptors(process: &Process) -> usize {
-    let mut last = usize::MAX;
-    wait_for("descriptors settle", LIMIT, || {
-        std::thread::sleep(Duration::from_millis(50));
-        let now = process.descriptors().unwrap();
-        (std::mem::replace(&mut last, now) == now).then_some(now)
-    })
-}
-
-#[test]
-fn nothing_stays_of_a_service() {
-    let services = Services::start();
-    let serve = programs::bytes("serve");
-    let round = || {
-        for mode in MODES {
-            let instance = services.instance(mode);
-            instance.has("bind");
-            let streams: Vec<_> =
-                (0..2).map(|_| instance.connect(ServiceSocket::Own).unwrap()).collect();
-            instance.stop();
-            drop(streams);
-            // One that can't be executed, and one that is refused before.
-            let mut io = Io::new();
-            let size = 3;
-            let broken = Launch { executable_size: size, ..launch(mode, 0) };
-            services.launcher.launch(&broken, &["serve"], b"\0\0\0", &mut io);
-            while !matches!(services.launcher.next(), FromLauncher::Refused { .. }) {}
-            let wrong = Launch { executable_size: size, ..launch(mode, 0) };
-            services.launcher.launch(&wrong, &["serve"], &serve, &mut Io::new());
-            assert!(matches!(services.launcher.next(), FromLauncher::Refused { .. }));
-        }
-    };
-    let launcher = Process::read(services.launcher.child.id() as i32).unwrap();
-    // The kernel shows them to root alone: the launcher is not dumpable.
-    if !rootless() {
-        (0..5).for_each(|_| round());
-        let before = settled_descriptors(&launcher);
-        (0..20).for_each(|_| round());
-        let after = settled_descriptors(&launcher);
-        assert!(after <= before, "{before} before, {:#?}", launcher.descriptor_targets());
-    } else {
-        round();
-    }
-    let Services { launcher, directory } = services;
-    drop(launcher);
-    assert_eq!(below(directory.path()), Vec::<String>::new());
-}
-
-#[test]
-fn a_direct_runs_directory_goes_with_all_that_is_in_it() {
-    let services = Services::start();
-    let keep = services.instance(Mode::Direct);
-    let instance = services.instance(Mode::Direct);
-    let directory = Path::new(instance.facts.one("GRPC_UNIX_SOCKET")).parent().unwrap().to_owned();
-    let outside = tempfile::tempdir().unwrap();
-    fs::write(outside.path().join("kept"), "").unwrap();
-    instance.has(&format!("link {}", outside.path().display()));
-    // Deeper than it is followed at once, and closed to its own user.
-    let mut deep = directory.clone();
-    for _ in 0..40 {
-        deep.push("d");
-        instance.has(&format!("directory {}", deep.display()));
-    }
-    instance.has(&format!("lock {}", deep.display()));
-    instance.has(&format!("directory {}/other", directory.display()));
-    instance.stop();
-    wait_until("it is gone", LIMIT, || {
-        !directory.exists() && {
-            let bases = services.left().iter().filter(|path| path.ends_with("/d")).count();
-            bases == 0
-        }
-    });
-    assert!(outside.path().join("kept").exists());
-    // The other's is still there.
-    keep.has("bind");
-    assert_eq!(keep.ask(ServiceSocket::Own, "hello"), "own ok");
-    keep.stop();
-}
-
-#[test]
-fn what_a_killed_launcher_left_the_next_one_removes() {
-    let directory = tempfile::tempdir().unwrap();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // What is not a launcher's stays.
-    let strange = directory.path().join("dispatch-launch.file");
-    fs::write(&strange, "").unwrap();
-    fs::create_dir(directory.path().join("other")).unwrap();
-    let living = Launcher::start_in(template(), directory.path());
-    let lives = instance(&living, Mode::Direct);
-    let mut killed = Launcher::start_in(template(), directory.path());
-    let one = instance(&killed, Mode::Direct);
-    one.has("bind");
-    let path = one.facts.one("GRPC_UNIX_SOCKET").to_owned();
-    let stdout = one.stdout;
-    rustix::process::kill_process(Pid::from_child(&killed.child), Signal::KILL).unwrap();
-    killed.fails = true;
-    drop(killed);
-    Instance::gone(stdout);
-    assert!(Path::new(&path).exists());
-    let next = Launcher::start_in(template(), directory.path());
-    assert!(!Path::new(&path).exists());
-    drop(next);
-    lives.has("bind");
-    assert_eq!(lives.ask(ServiceSocket::Own, "hello"), "own ok");
-    lives.stop();
-    drop(living);
-    let mut left = below(directory.path());
-    left.sort();
-    assert_eq!(left, ["dispatch-launch.file", "other"]);
-}
-
 /// Every kind of root has a place for the socket.
 #[test]
 fn every_root_has_a_place_for_the_socket() {
@@ -574,4 +461,18 @@ fn every_root_has_a_place_for_the_socket() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// Direct mode executes the sealed file itself where memfd-exec couldn't write a copy.
+#[test]
+fn a_service_that_is_not_copied_finds_the_same() {
+    let mut template = template();
+    template.limits.file_size = Limit::At(4096);
+    let services = Services::start_with(template);
+    let instance = services.instance(Mode::Direct);
+    assert_eq!(instance.facts.all("fd"), ["0", "1", "2", "3"]);
+    assert_eq!(instance.facts.one("LISTEN_PID"), instance.facts.one("pid"));
+    instance.has("bind");
+    assert_eq!(instance.ask(ServiceSocket::Own, "hello"), "own ok");
+    instance.stop();
 }

@@ -11,6 +11,9 @@ use crate::{
     names::Digest,
 };
 
+/// The place of `protocol::SERVICE_DIRECTORY`.
+const SERVICE_PLACE: &str = "run/grpc";
+
 /// The repository of our images, in Docker's words.
 const REPOSITORY: &str = "dispatcher/root";
 
@@ -33,15 +36,18 @@ pub struct ContainerRoot {
 }
 
 impl ContainerRoot {
-    /// Divides the pieces of a root.
+    /// Divides the pieces of a root; `listens`: of a service's.
     ///
     /// # Errors
     /// A name that no archive takes.
-    pub fn of(pieces: Vec<Piece>) -> io::Result<Self> {
+    pub fn of(pieces: Vec<Piece>, listens: bool) -> io::Result<Self> {
         let mut files = Files::default();
         // Where Docker mounts, there has to be a place: it can't make one in a read-only root.
         for place in ["dev", "proc", "sys", "etc", "tmp", "run", "run/dispatcher"] {
             files.directory(place.as_bytes());
+        }
+        if listens {
+            files.directory(SERVICE_PLACE.as_bytes());
         }
         let mut binds = Vec::new();
         for piece in pieces {
@@ -104,7 +110,11 @@ impl Files {
             match entry {
                 Entry::Directory => {
                     // What is mounted there has the mode of what was there: runc's doing.
-                    header.set_mode(if path == "tmp" { 0o1777 } else { 0o755 });
+                    header.set_mode(match path.to_str() {
+                        Some("tmp") => 0o1777,
+                        Some(SERVICE_PLACE) => super::service::MODE,
+                        _ => 0o755,
+                    });
                     header.set_entry_type(tar::EntryType::Directory);
                     archive.append_data(&mut header, path, io::empty())?;
                 }
@@ -155,7 +165,7 @@ mod tests {
     fn of(root: Root, binds: Vec<Bind>) -> ContainerRoot {
         let filesystem = Filesystem { root, tmp: Some(Limit::At(1 << 20)), tmp_exec: false, binds };
         let decided = root::decide(&filesystem, None, Ownership::Docker, false).unwrap();
-        ContainerRoot::of(decided.plan.pieces).unwrap()
+        ContainerRoot::of(decided.plan.pieces, false).unwrap()
     }
 
     #[test]

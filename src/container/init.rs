@@ -29,7 +29,10 @@ mod protocol;
 #[path = "init/sys.rs"]
 mod sys;
 
-use protocol::{HOLD_PATH, Header, Record, Verdict, exit};
+use protocol::{
+    BACKLOG, GO, HOLD_PATH, Header, LISTEN_ENTRIES, LISTEN_PID, LISTENER_PATH, Record, Verdict,
+    exit,
+};
 use sys::{Errno, Fd, Pid, Ready, Result};
 
 /// How many dead processes that the program left behind are looked at before the living
@@ -60,15 +63,18 @@ pub extern "C" fn main() -> ! {
     let header = init.read_header();
     let program = init.read_program(&header);
 
-    // 5. to 7. The program's whole life.
-    let record = init.run(program);
+    // 5. Where it listens, if it does. Still nobody else is here.
+    let listener = header.listens.then(|| init.listener());
 
-    // 7. Nobody is left who could write: this is the end of both streams.
+    // 6. and 7. The program's whole life.
+    let record = init.run(program, listener);
+
+    // 8. Nobody is left who could write: this is the end of both streams.
     for stream in STREAMS {
         init.write_whole(stream, &record.encode(&header.nonce));
     }
 
-    // 8. Until we are killed, or the dispatcher is gone.
+    // 9. Until we are killed, or the dispatcher is gone.
     loop {
         init.wait(None, Ready::NOTHING, false);
     }
@@ -95,13 +101,22 @@ fn malformed() -> ! {
 /// What execve(2) takes: a path, and two vectors of pointers to strings.
 struct Program {
     path: *const u8,
-    argv: *const *const u8,
-    envp: *const *const u8,
     strings: &'static [u8],
-    pointers: &'static [*const u8],
+    /// Arguments and a null, environment and a null.
+    pointers: &'static mut [*const u8],
+    /// Where in them the environment begins.
+    environment_at: usize,
+    /// Whether the last of its entries is still to be made, by the program's own process.
+    lacks_pid: bool,
 }
 
 impl Program {
+    /// How many pointers one of this header has.
+    fn pointers(header: &Header) -> usize {
+        let added = if header.listens { LISTEN_ENTRIES.len() + 1 } else { 0 };
+        header.arguments as usize + header.environment as usize + added + 2
+    }
+
     /// Points each pointer to its string; `None` where there aren't as many of each.
     fn new(
         strings: &'static [u8],
@@ -110,28 +125,45 @@ impl Program {
     ) -> Option<Self> {
         let mut rest = strings.split_inclusive(|byte| *byte == 0);
         let path = rest.next()?.as_ptr();
-        let (argv, envp) = pointers.split_at_mut_checked(header.arguments as usize + 1)?;
+        let environment_at = header.arguments as usize + 1;
+        let (argv, envp) = pointers.split_at_mut_checked(environment_at)?;
         // The last of each stays null.
         let (_, arguments) = argv.split_last_mut()?;
-        let (_, environment) = envp.split_last_mut()?;
-        for pointer in arguments.iter_mut().chain(environment) {
+        let (sent, added) = envp.split_at_mut_checked(header.environment as usize)?;
+        for pointer in arguments.iter_mut().chain(sent) {
             *pointer = rest.next()?.as_ptr();
         }
         if rest.next().is_some() || strings.last() != Some(&0) {
             return None;
         }
-        let pointers = &*pointers;
-        let (argv, envp) = pointers.split_at_checked(header.arguments as usize + 1)?;
-        Some(Self { path, argv: argv.as_ptr(), envp: envp.as_ptr(), strings, pointers })
+        if header.listens {
+            for (pointer, entry) in added.iter_mut().zip(LISTEN_ENTRIES) {
+                *pointer = entry.as_ptr().cast();
+            }
+        }
+        Some(Self { path, strings, pointers, environment_at, lacks_pid: header.listens })
     }
 
     /// Becomes the program; comes back only with the reason why not.
-    fn exec(&self) -> Result<()> {
+    fn exec(self, listener: Option<Fd>) -> Result<()> {
         sys::setsid()?;
         prefer_for_oom_kill();
+        if let Some(listener) = listener {
+            // In the place of our copy of the FIFO, where there is one.
+            sys::renumber(listener, Fd::LISTENER)?;
+        }
+        let pid = PidEntry::own();
+        if self.lacks_pid
+            && let Some(place) = self.pointers.iter_mut().nth_back(1)
+        {
+            *place = pid.text.as_ptr();
+        }
         sys::unblock_all_signals()?;
-        // SAFETY: `new` made it all of strings with a NUL each, and of vectors with a null.
-        unsafe { sys::execve(self.path, self.argv, self.envp) }
+        let argv = self.pointers.as_ptr();
+        let envp = argv.wrapping_add(self.environment_at);
+        // SAFETY: `new` made it all of strings with a NUL each, and of two vectors with a
+        // null each; the text that was added is of that form as well, and still there.
+        unsafe { sys::execve(self.path, argv, envp) }
     }
 
     /// Gives the memory back, which is charged to the container.
@@ -140,6 +172,34 @@ impl Program {
         unsafe { sys::unmap(self.strings) };
         // SAFETY: as above.
         unsafe { sys::unmap(self.pointers) };
+    }
+}
+
+/// `LISTEN_PID=` and the pid of who makes it.
+struct PidEntry {
+    /// Room for the name, ten digits and a NUL.
+    text: [u8; LISTEN_PID.len() + 11],
+}
+
+impl PidEntry {
+    fn own() -> Self {
+        let mut pid = sys::getpid().unsigned_abs();
+        let mut digits = [0; 10];
+        let mut count = 0;
+        for digit in digits.iter_mut().rev() {
+            *digit = b'0' + (pid % 10) as u8;
+            pid /= 10;
+            count += 1;
+            if pid == 0 {
+                break;
+            }
+        }
+        let mut text = [0; LISTEN_PID.len() + 11];
+        let digits = digits.iter().skip(10 - count);
+        for (to, from) in text.iter_mut().zip(LISTEN_PID.iter().chain(digits)) {
+            *to = *from;
+        }
+        Self { text }
     }
 }
 
@@ -180,17 +240,37 @@ impl Init {
         if self.read_whole(STDIN, strings) != strings.len() {
             malformed();
         }
-        let count = header.arguments as usize + header.environment as usize + 2;
-        let pointers = needed(sys::map_pointers(count));
+        let pointers = needed(sys::map_pointers(Program::pointers(header)));
         Program::new(strings, pointers, header).unwrap_or_else(|| malformed())
     }
 
+    /// A socket that listens, once the dispatcher has hold of it and said so. Nothing else
+    /// could have connected, and nothing ever finds its name again.
+    fn listener(&self) -> Fd {
+        let deaf = || sys::exit(exit::DEAF);
+        let listener = sys::listen(LISTENER_PATH, BACKLOG).unwrap_or_else(|_| deaf());
+        self.wait(Some(listener), Ready::INPUT, false);
+        let dispatcher = sys::accept(listener).unwrap_or_else(|_| deaf());
+        let mut word = [0];
+        if self.read_whole(dispatcher, &mut word) != word.len() {
+            sys::exit(exit::DISMISSED);
+        }
+        if word != [GO] {
+            malformed();
+        }
+        sys::close(dispatcher);
+        if sys::unlink(LISTENER_PATH).is_err() {
+            deaf();
+        }
+        listener
+    }
+
     /// Starts the program and sees to its end, and to that of all it left behind.
-    fn run(&self, program: Program) -> Record {
+    fn run(&self, program: Program, listener: Option<Fd>) -> Record {
         // Before the fork: from here on nothing is opened, so the program's standard
         // input is the only one to have had number 0.
         let started = sys::child_signals()
-            .and_then(|signals| self.start(program).map(|started| (signals, started)));
+            .and_then(|signals| self.start(program, listener).map(|started| (signals, started)));
         let (signals, started) = match started {
             Ok(started) => started,
             Err(Errno(errno)) => {
@@ -206,10 +286,10 @@ impl Init {
     }
 
     /// Forks, and waits until the child has become the program, or says why it can't.
-    fn start(&self, program: Program) -> Result<Started> {
+    fn start(&self, program: Program, listener: Option<Fd>) -> Result<Started> {
         let (told, tell) = sys::pipe()?;
         let Some(pid) = sys::fork()? else {
-            if let Err(Errno(errno)) = program.exec() {
+            if let Err(Errno(errno)) = program.exec(listener) {
                 sys::write(tell, &errno.to_ne_bytes()).ok();
             }
             sys::exit(127);
@@ -218,6 +298,10 @@ impl Init {
         // as soon as it has ended.
         sys::close(STDIN);
         sys::close(tell);
+        if let Some(listener) = listener {
+            // Or connections would wait for a program that is gone.
+            sys::close(listener);
+        }
         let mut errno = [0; 4];
         // Exec closes the child's end.
         let failed = self.read_whole(told, &mut errno) == errno.len();

@@ -23,6 +23,7 @@ use super::{
     engine::{Engine, EngineError, Streams},
     image::ContainerRoot,
     owner::Owner,
+    service::Service,
     slot::Slot,
     spec::{self, Making},
     verify,
@@ -30,7 +31,7 @@ use super::{
 use crate::{
     jail::{
         blueprint::RootPlan,
-        cgroup::{Cgroup, CgroupLimits},
+        cgroup::{Cgroup, CgroupLimits, Usage},
         check::Checked,
         message::{Launch, Refusal},
         plan::{Control, Root, Template},
@@ -88,6 +89,8 @@ pub struct Container {
     pub enforced: Vec<Control>,
     /// Where the executable goes.
     pub slot: Slot,
+    /// What it takes to connect to the program, where that listens.
+    pub service: Option<Service>,
     removal: Removal,
 }
 
@@ -102,6 +105,12 @@ impl Container {
     #[must_use]
     pub fn cgroup(&self) -> Option<MutexGuard<'_, Cgroup>> {
         Some(self.cgroup.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What it has used so far.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.cgroup().map_or(Usage::default(), |cgroup| cgroup.usage())
     }
 
     /// SIGKILL for init, by which all should die, and for all the others as well: an init
@@ -175,7 +184,8 @@ impl Maker {
         checked: &Checked,
     ) -> Result<(Container, Streams), Refusal> {
         let root = decide_root(template)?;
-        let root = ContainerRoot::of(root.pieces).map_err(|error| step("image", &error))?;
+        let root = ContainerRoot::of(root.pieces, template.listens)
+            .map_err(|error| step("image", &error))?;
         let image = self.image(template, &root).await?;
         let random = || RunId::random().map_err(|error| step("name", &error));
         // Random in any case: nobody else's container has this name, which has ours removed
@@ -213,8 +223,13 @@ impl Maker {
         }
         await_init(pid, &slot.init(), template).await;
         let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
+        let service = template.listens.then(|| Service::of(pid)).transpose();
+        let service = service.map_err(|error| no_service(template, &error))?;
         let cgroup = cgroup.map(Mutex::new);
-        let container = Container { id, init, cgroup, enforced, slot, removal };
+        let container = Container { id, init, cgroup, enforced, slot, service, removal };
+        if !container.waits() {
+            return Err(ended().into());
+        }
         if let Some(run) = run {
             self.rename(&container, run);
         }
@@ -397,6 +412,7 @@ fn look(
         Ok(cgroup) => cgroup,
         // Another kernel's: then no limit of a cgroup's may be demanded.
         Err(error) if error.kind() == io::ErrorKind::NotFound && named => {
+            demand_sight(template)?;
             return demand_cgroup(template, &[]).map(|()| (None, Vec::new()));
         }
         Err(error) => return Err(failed(error)),
@@ -413,6 +429,7 @@ fn look(
         Some(in_force) => in_force,
         // What the named runtime gives is its own affair; the report names it.
         None if named => {
+            demand_sight(template)?;
             let in_force = cgroup.in_force(&limits);
             return demand_cgroup(template, &in_force).map(|()| (Some(cgroup), in_force));
         }
@@ -439,6 +456,28 @@ fn look(
                 .into(),
         }),
     }
+}
+
+/// A service's sockets are in the container: where that isn't to be seen, nobody reaches
+/// them.
+fn demand_sight(template: &Template) -> Result<(), Refusal> {
+    if !template.listens {
+        return Ok(());
+    }
+    let why = format!(
+        "the runtime {} lets nobody into its containers, so that no gRPC service in one can be \
+         reached: name another in [container] runtime, or write mode = \"jail\"",
+        template.container.runtime
+    );
+    Err(Refusal::ControlUnavailable { control: Control::NsPid, why })
+}
+
+fn no_service(template: &Template, error: &io::Error) -> Refusal {
+    let image = match &*template.container.image {
+        "" => "",
+        _ => "; an image that has something at that path must leave it out",
+    };
+    Refusal::Docker { why: format!("the service's sockets have no place: {error}{image}") }
 }
 
 /// Of a container into which nothing can be seen, its cgroup still can.
@@ -513,4 +552,21 @@ pub fn nonce() -> io::Result<[u8; super::protocol::NONCE_LEN]> {
     // So few bytes come in one piece, getrandom(2).
     rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
     Ok(nonce)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_that_nobody_could_reach_is_refused() {
+        let mut template = crate::testing::template();
+        template.container.runtime = "runsc".to_owned();
+        assert_eq!(demand_sight(&template), Ok(()));
+        template.listens = true;
+        let Err(Refusal::ControlUnavailable { why, .. }) = demand_sight(&template) else {
+            panic!("it isn't refused")
+        };
+        assert!(why.contains("runsc"), "{why}");
+    }
 }

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `process`, `message` | the process, and what the monitor says to it |
 //! | `office`, `server` | what all runs share; the conversation with the server |
-//! | `run` | one run, from its launch to its end |
+//! | `run`, `seat` | one run, from its launch to its end; where it is found meanwhile |
+//! | `service` | the sockets of a container that is a gRPC service |
 //! | `ahead` | containers that wait for the next calls |
 //! | `make` | a container in which init waits, and its certain removal |
 //! | `spec`, `image` | a policy in Docker's words; a root as an image |
@@ -28,7 +29,9 @@ pub mod owner;
 pub mod process;
 pub mod protocol;
 pub mod run;
+pub mod seat;
 pub mod server;
+pub mod service;
 pub mod slot;
 pub mod spec;
 pub mod verify;

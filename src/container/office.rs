@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use rustix::io::Errno;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
@@ -17,6 +18,7 @@ use super::{
     make::Maker,
     message::ContainerConfig,
     run::{self, Task},
+    seat::Seat,
     server::Server,
     spec,
 };
@@ -33,7 +35,7 @@ use crate::{
 const STOPS: usize = 4;
 /// Descriptors that a run takes at most, and those that this process takes besides.
 const RUN_DESCRIPTORS: u64 = 16;
-const OWN_DESCRIPTORS: u64 = 128;
+const OWN_DESCRIPTORS: u64 = 192;
 
 /// A policy that may run in containers.
 #[derive(Clone)]
@@ -68,13 +70,19 @@ struct Need {
     runs: usize,
 }
 
+/// A run, as it is spoken to.
+struct Run {
+    stop: mpsc::Sender<StopCause>,
+    seat: Arc<Seat>,
+}
+
 /// What all runs share.
 pub struct Office {
     maker: Arc<Maker>,
     ahead: Arc<Ahead>,
     /// The newest first.
     sets: Mutex<VecDeque<LoadedSet>>,
-    runs: Mutex<HashMap<RunId, mpsc::Sender<StopCause>>>,
+    runs: Mutex<HashMap<RunId, Run>>,
     runs_max: usize,
     need: watch::Sender<Need>,
     server: Mutex<Option<Arc<Server>>>,
@@ -158,9 +166,9 @@ impl Office {
 
     /// Everything that runs is ended: there is nobody to answer to.
     pub fn stop_all(&self) {
-        for stop in lock(&self.runs).values() {
+        for run in lock(&self.runs).values() {
             // Full: it was told already.
-            let _ = stop.try_send(StopCause::Cancelled);
+            let _ = run.stop.try_send(StopCause::Cancelled);
         }
     }
 
@@ -176,17 +184,21 @@ impl Office {
             match server.hear(&mut buffer).await {
                 Ok(Some((FromServer::Launch(launch), fds))) => self.begin(&server, launch, fds),
                 Ok(Some((FromServer::Stop { run, cause }, _))) => {
-                    if let Some(stop) = lock(&self.runs).get(&run) {
-                        let _ = stop.try_send(cause);
+                    if let Some(run) = lock(&self.runs).get(&run) {
+                        let _ = run.stop.try_send(cause);
                     }
                 }
                 Ok(Some((FromServer::Connect { run, to }, _))) => {
-                    let result = Err(libc::EINVAL);
-                    server.tell(&FromLauncher::Connected { run, to, result });
+                    let connected = self.seat(run).ok_or(Errno::SRCH);
+                    let connected = connected.and_then(|seat| seat.connect(to));
+                    server.tell_connected(run, to, connected);
                 }
                 Ok(Some((FromServer::Look { run }, _))) => {
-                    server.tell(&FromLauncher::Seen { run, sight: None });
+                    let sight = self.seat(run).and_then(|seat| seat.sight()).map(Box::new);
+                    server.tell(&FromLauncher::Seen { run, sight });
                 }
+                // A container that is frozen would outlive us: its init could not see that we
+                // are gone.
                 Ok(Some((FromServer::Freeze { .. }, _))) => {}
                 Ok(None) => break,
                 Err(error) => {
@@ -203,8 +215,12 @@ impl Office {
 
     fn begin(self: &Arc<Self>, server: &Arc<Server>, launch: Launch, fds: Option<Vec<OwnedFd>>) {
         let run = launch.run;
-        let admitted = self.check(launch, fds).and_then(|task| Ok((task, self.enter(run)?)));
-        let (task, stopped) = match admitted {
+        let admitted = self.check(launch, fds).and_then(|task| {
+            let seat = Arc::new(Seat::new(Arc::clone(&task.template)));
+            let stopped = self.enter(run, &seat)?;
+            Ok((task, stopped, seat))
+        });
+        let (task, stopped, seat) = match admitted {
             Ok(begun) => begun,
             Err(refusal) => return server.tell(&FromLauncher::Refused { run, refusal }),
         };
@@ -213,7 +229,7 @@ impl Office {
             let running = {
                 let (office, server) = (Arc::clone(&office), Arc::clone(&server));
                 tokio::spawn(async move {
-                    run::run(&office.maker, &office.ahead, task, stopped, &server).await
+                    run::run(&office.maker, &office.ahead, task, stopped, &seat, &server).await
                 })
             };
             let last = running.await.unwrap_or_else(|panic| {
@@ -226,7 +242,11 @@ impl Office {
         });
     }
 
-    fn enter(&self, run: RunId) -> Result<mpsc::Receiver<StopCause>, Refusal> {
+    fn seat(&self, run: RunId) -> Option<Arc<Seat>> {
+        lock(&self.runs).get(&run).map(|run| Arc::clone(&run.seat))
+    }
+
+    fn enter(&self, run: RunId, seat: &Arc<Seat>) -> Result<mpsc::Receiver<StopCause>, Refusal> {
         let mut runs = lock(&self.runs);
         if runs.contains_key(&run) {
             return Err(Refusal::Invalid { what: "the run id is in use".into() });
@@ -235,7 +255,7 @@ impl Office {
             return Err(Refusal::Exhausted(Exhausted::Descriptors));
         }
         let (stop, stopped) = mpsc::channel(STOPS);
-        runs.insert(run, stop);
+        runs.insert(run, Run { stop, seat: Arc::clone(seat) });
         self.need.send_modify(|need| need.runs = runs.len());
         Ok(stopped)
     }

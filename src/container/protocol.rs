@@ -6,6 +6,12 @@
 //! ended by a NUL: the path to execute, the arguments (argv[0] is the first), the
 //! environment. What follows is the program's own input.
 //!
+//! A program that [listens](Header::listens) gets a socket that init makes and listens at,
+//! in the container itself: at [`LISTENER_PATH`], where nobody is yet but init and who can
+//! reach in from outside. The dispatcher opens the socket's inode there, connects to it by
+//! that, sees that it is init who listens, and sends [`GO`]. Init takes the name away before
+//! the program is there: it finds the socket as its descriptor 3, and nothing at that path.
+//!
 //! From init, at the end of its standard output and of its standard error: one [`Record`]
 //! each. Before it stands what the program wrote, and all of it: nothing that could write
 //! is left. The nonce makes it init's: the program has never seen it. Half of it marks the
@@ -20,6 +26,26 @@ pub const INIT_PATH: &str = "/run/dispatcher/init";
 /// The FIFO whose only writer is the dispatcher: as long as it has it open, init goes on.
 /// The container's user must not be able to open it for writing.
 pub const HOLD_PATH: &core::ffi::CStr = c"/run/dispatcher/hold";
+
+/// The directory of a service's own, a file system by itself.
+pub const SERVICE_DIRECTORY: &str = "/run/grpc";
+
+/// Where init listens for the program, until the dispatcher has connected once.
+pub const LISTENER_PATH: &core::ffi::CStr = c"/run/grpc/inherited.sock";
+
+/// What the dispatcher sends over that first connection; then the program is started.
+pub const GO: u8 = b'g';
+
+/// Connections that may wait for the program to take them, listen(2). It may change that.
+pub const BACKLOG: u32 = 128;
+
+/// What a program that listens finds in its environment besides what was sent, and besides
+/// [`LISTEN_PID`]: `jail::message::LISTEN_VARIABLES`.
+pub const LISTEN_ENTRIES: [&core::ffi::CStr; 3] =
+    [c"LISTEN_FDS=1", c"LISTEN_FDNAMES=grpc", c"GRPC_UNIX_SOCKET=/run/grpc/service.sock"];
+
+/// Before the program's own pid.
+pub const LISTEN_PID: &[u8] = b"LISTEN_PID=";
 
 /// Bytes of the secret that tells init's records from all that a program can write: the
 /// mark, and the key of the seal.
@@ -47,6 +73,8 @@ pub mod exit {
     pub const UNWRITTEN: i32 = 71;
     /// Not PID 1, or the kernel refused what init can't do without.
     pub const REFUSED: i32 = 72;
+    /// The program's listening socket can't be made, or its path not be taken away.
+    pub const DEAF: i32 = 73;
 }
 
 /// What comes first: who writes the records, and what follows.
@@ -60,28 +88,33 @@ pub struct Header {
     pub environment: u32,
     /// Bytes of all strings, with their NULs.
     pub strings_len: u32,
+    /// Whether the program gets a listening socket as its descriptor 3.
+    pub listens: bool,
 }
 
 impl Header {
     /// Its size in bytes.
-    pub const LEN: usize = NONCE_LEN + 12;
+    pub const LEN: usize = NONCE_LEN + 16;
 
     /// As it is sent: the nonce, then the numbers, little-endian.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
-        join(&mut bytes, &self.nonce, &[self.arguments, self.environment, self.strings_len]);
+        let numbers = [self.arguments, self.environment, self.strings_len, u32::from(self.listens)];
+        join(&mut bytes, &self.nonce, &numbers);
         bytes
     }
 
     /// Reads one; `None` where a bound isn't kept.
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN]) -> Option<Self> {
-        let (nonce, [arguments, environment, strings_len]) = split(bytes)?;
+        let (nonce, [arguments, environment, strings_len, listens]) = split(bytes)?;
         let kept = arguments <= ARGUMENTS_MAX
             && environment <= ENVIRONMENT_MAX
-            && (1..=STRINGS_MAX).contains(&strings_len);
-        kept.then_some(Self { nonce, arguments, environment, strings_len })
+            && (1..=STRINGS_MAX).contains(&strings_len)
+            && listens <= 1;
+        let listens = listens == 1;
+        kept.then_some(Self { nonce, arguments, environment, strings_len, listens })
     }
 }
 
@@ -264,11 +297,19 @@ mod tests {
 
     #[test]
     fn headers_are_read_as_they_were_written() {
-        let header = Header { nonce: NONCE, arguments: 1, environment: 0x203, strings_len: 0x4_05 };
+        let header = Header {
+            nonce: NONCE,
+            arguments: 1,
+            environment: 0x203,
+            strings_len: 0x4_05,
+            listens: true,
+        };
         let bytes = header.encode();
-        let numbers = b"\x01\0\0\0\x03\x02\0\0\x05\x04\0\0";
+        let numbers = b"\x01\0\0\0\x03\x02\0\0\x05\x04\0\0\x01\0\0\0";
         assert_eq!(bytes[..], [&NONCE[..], numbers].concat());
         assert_eq!(Header::decode(&bytes), Some(header));
+        let silent = Header { listens: false, ..header };
+        assert_eq!(Header::decode(&silent.encode()), Some(silent));
     }
 
     #[test]
@@ -278,6 +319,7 @@ mod tests {
             arguments: ARGUMENTS_MAX,
             environment: ENVIRONMENT_MAX,
             strings_len: STRINGS_MAX,
+            listens: true,
         };
         assert_eq!(Header::decode(&most.encode()), Some(most));
         for header in [
@@ -288,6 +330,29 @@ mod tests {
             Header { arguments: u32::MAX, ..most },
         ] {
             assert_eq!(Header::decode(&header.encode()), None, "{header:?}");
+        }
+        let mut bytes = most.encode();
+        bytes[Header::LEN - 4] = 2;
+        assert_eq!(Header::decode(&bytes), None, "neither yes nor no");
+    }
+
+    #[test]
+    fn a_service_is_told_what_the_protocol_says() {
+        use crate::jail::message::{LISTEN_VARIABLES, SERVICE_SOCKET, SOCKET_VARIABLE};
+        let entries = LISTEN_ENTRIES.map(|entry| entry.to_str().unwrap());
+        let pid = std::str::from_utf8(LISTEN_PID).unwrap();
+        let mut names: Vec<_> = entries
+            .into_iter()
+            .chain([pid])
+            .map(|entry| entry.split_once('=').unwrap().0)
+            .collect();
+        names.sort_unstable();
+        let mut said = LISTEN_VARIABLES;
+        said.sort_unstable();
+        assert_eq!(names, said);
+        assert!(entries.contains(&&*format!("{SOCKET_VARIABLE}={SERVICE_SOCKET}")));
+        for path in [SERVICE_SOCKET, LISTENER_PATH.to_str().unwrap()] {
+            assert!(path.starts_with(&format!("{SERVICE_DIRECTORY}/")), "{path}");
         }
     }
 

@@ -11,7 +11,7 @@ use tokio::{
     io::AsyncWriteExt as _,
     net::unix::pipe,
     sync::mpsc,
-    time::{sleep_until, timeout},
+    time::{sleep_until, timeout, timeout_at},
 };
 use tokio_stream::StreamExt as _;
 
@@ -21,7 +21,9 @@ use super::{
     make::{self, Container, Maker},
     marks::Marked,
     protocol::{Header, NONCE_LEN, Record, Verdict},
+    seat::{self, Seat},
     server::Server,
+    service::{Listening, Service},
 };
 use crate::{
     jail::{
@@ -40,6 +42,11 @@ use crate::{
 const MAKE_WAIT: Duration = Duration::from_secs(27);
 /// How long init may take to be told its program.
 const SPEAK_WAIT: Duration = Duration::from_secs(2);
+/// How long init may take to make a service's socket: Docker passes the message on, and with
+/// a small share of a processor all is long.
+const LISTENER_WAIT: Duration = Duration::from_secs(10);
+/// How long a service may take from its launch to there: less than the server waits for it.
+const BEGIN_WAIT: Duration = Duration::from_secs(29);
 /// How long what was killed may take to be gone.
 const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How long output may still be on its way through Docker once all is over.
@@ -73,6 +80,7 @@ pub async fn run(
     ahead: &Arc<Ahead>,
     task: Task,
     mut stop: mpsc::Receiver<StopCause>,
+    seat: &Seat,
     server: &Arc<Server>,
 ) -> FromLauncher {
     let run = task.launch.run;
@@ -81,16 +89,18 @@ pub async fn run(
         None => make_now(maker, &task, &mut stop).await,
     };
     let begun = match made {
-        Ok((container, streams)) => Begun::begin(container, streams, task).await,
+        Ok((container, streams)) => Begun::begin(container, streams, task, &mut stop).await,
         Err(refusal) => Err(refusal),
     };
     let begun = match begun {
         Ok(begun) => begun,
         Err(refusal) => return FromLauncher::Refused { run, refusal },
     };
-    let setup = begun.setup;
+    let (setup, mut begun) = (begun.setup, begun);
+    seat.take(&begun.container, begun.listening.take());
     server.tell(&FromLauncher::Started { run, at: SystemTime::now(), setup });
-    match begun.follow(&mut stop, server).await {
+    let ended = begun.follow(&mut stop, seat, server).await;
+    match ended {
         Ok(end) => FromLauncher::Ended { run, end: Box::new(end) },
         Err(refusal) => FromLauncher::Refused { run, refusal },
     }
@@ -124,7 +134,8 @@ async fn make_now(
 
 /// A program that was started.
 struct Begun {
-    container: Container,
+    container: Arc<Container>,
+    listening: Option<Listening>,
     streams: Streams,
     task: Task,
     nonce: [u8; NONCE_LEN],
@@ -152,6 +163,7 @@ impl Begun {
         container: Container,
         mut streams: Streams,
         task: Task,
+        stop: &mut mpsc::Receiver<StopCause>,
     ) -> Result<Self, Refusal> {
         let failed = |step: &str, error: &io::Error| Refusal::Step {
             step: format!("container.{step}"),
@@ -178,18 +190,27 @@ impl Begun {
             .await
             .map_err(|_| deaf("it takes nothing".to_owned()))?
             .map_err(|error| deaf(error.to_string()))?;
+        let listening = match &container.service {
+            Some(service) => {
+                let until = (Instant::now() + LISTENER_WAIT).min(task.received + BEGIN_WAIT);
+                Some(take_listener(&container, service, until, stop).await?)
+            }
+            None => None,
+        };
+        let container = Arc::new(container);
         let started = Instant::now();
         let setup = started.saturating_duration_since(task.received);
-        Ok(Self { container, streams, task, nonce, setup, started, stdout, stderr })
+        Ok(Self { container, listening, streams, task, nonce, setup, started, stdout, stderr })
     }
 
     /// Follows it to its end.
     async fn follow(
         self,
         stop: &mut mpsc::Receiver<StopCause>,
+        seat: &Seat,
         server: &Arc<Server>,
     ) -> Result<End, Refusal> {
-        let Self { container, streams, task, nonce, setup, started, stdout, stderr } = self;
+        let Self { container, streams, task, nonce, setup, started, stdout, stderr, .. } = self;
         let mut output = Output::new(nonce, stdout, stderr);
         let mut usage = None;
         let wall;
@@ -224,9 +245,10 @@ impl Begun {
                 }
             };
             wall = started.elapsed();
+            seat.leave();
             if let Over::Stopped(cause) = over {
                 // Before: with its last process Docker removes the cgroups.
-                usage = Some(usage_of(&container));
+                usage = Some(container.usage());
                 container.kill();
                 // What it wrote before is its caller's, if there is one.
                 if cause != StopCause::Cancelled {
@@ -258,7 +280,7 @@ impl Begun {
 
 /// A run that is over, to be put into the words of the protocol.
 struct Closing {
-    container: Container,
+    container: Arc<Container>,
     task: Task,
     setup: Duration,
     wall: Duration,
@@ -309,8 +331,10 @@ impl Closing {
 
     /// What is known of it however it ended.
     fn end(&self) -> End {
-        let usage = self.usage.unwrap_or_else(|| usage_of(&self.container));
+        let usage = self.usage.unwrap_or_else(|| self.container.usage());
         let mut enforced = self.container.enforced.clone();
+        // It isn't counted of what lives for many calls.
+        enforced.retain(|control| *control != Control::CpuTime || !self.task.template.listens);
         enforced.extend(self.task.checked.timeout.map(|_| Control::Timeout));
         End {
             status: WaitStatus::Unknown,
@@ -319,8 +343,7 @@ impl Closing {
             denied_syscall: None,
             refused_syscalls: Vec::new(),
             enforced,
-            runtime: Some(self.task.template.container.runtime.clone())
-                .filter(|name| !name.is_empty()),
+            runtime: seat::runtime(&self.task.template),
             lost: None,
             setup: self.setup,
             wall: self.wall,
@@ -333,8 +356,33 @@ impl Closing {
     }
 }
 
-fn usage_of(container: &Container) -> Usage {
-    container.cgroup().map_or(Usage::default(), |cgroup| cgroup.usage())
+/// The socket that init listens at, by which it is let go on.
+async fn take_listener(
+    container: &Container,
+    service: &Service,
+    until: Instant,
+    stop: &mut mpsc::Receiver<StopCause>,
+) -> Result<Listening, Refusal> {
+    let taken = tokio::select! {
+        taken = timeout_at(until.into(), service.take_listener()) => taken,
+        _ = stop.recv() => return Err(Refusal::Ending),
+        () = container.gone() => {
+            let why = "the container's init could make no listening socket for the service: does \
+                       the policy's [seccomp] refuse sockets of the Unix family?";
+            return Err(Refusal::Docker { why: why.into() });
+        }
+    };
+    match taken {
+        Ok(Ok(listening)) => Ok(listening),
+        Ok(Err(error)) => {
+            let why = format!("the service's listening socket can't be reached: {error}");
+            Err(Refusal::Docker { why })
+        }
+        Err(_) => {
+            let why = "the container's init makes no listening socket for the service".to_owned();
+            Err(Refusal::DockerUnavailable { why })
+        }
+    }
 }
 
 /// Returns when the run has used up its time: wall clock or CPU. Cancel-safe.
@@ -347,8 +395,10 @@ async fn overrun(container: &Container, task: &Task, started: Instant) -> StopCa
         StopCause::Timeout
     };
     let cpu = async {
-        let Limit::At(limit) = task.template.limits.cpu_time else {
-            return std::future::pending().await;
+        let limit = match task.template.limits.cpu_time {
+            Limit::At(limit) if !task.template.listens => limit,
+            // A service's is that of many calls.
+            _ => return std::future::pending().await,
         };
         let cores = cores(&task.checked);
         loop {
@@ -465,6 +515,7 @@ fn message(nonce: [u8; NONCE_LEN], task: &Task) -> io::Result<Vec<u8>> {
         arguments: task.launch.argc,
         environment: task.launch.envc,
         strings_len: u32::try_from(strings.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        listens: task.template.listens,
     };
     let mut message = header.encode().to_vec();
     message.extend_from_slice(&strings);

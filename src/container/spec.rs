@@ -8,7 +8,10 @@ use bollard::models::{
 };
 use rustix::process::Resource;
 
-use super::protocol::INIT_PATH;
+use super::{
+    protocol::{INIT_PATH, SERVICE_DIRECTORY},
+    service,
+};
 use crate::{
     jail::{
         blueprint::BindPiece,
@@ -75,6 +78,9 @@ const INIT_CALLS: [&str; 21] = [
     "write",
 ];
 
+/// And those that it makes a service's listening socket by.
+const SERVICE_CALLS: [&str; 6] = ["accept4", "bind", "dup3", "listen", "socket", "unlinkat"];
+
 /// What a container is made of, besides its template.
 #[derive(Debug)]
 pub struct Making<'a> {
@@ -106,7 +112,8 @@ pub fn filter(template: &Template) -> Result<String, FilterError> {
 /// A system call that container mode's init needs and the policy doesn't allow.
 #[must_use]
 pub fn lacks_for_init(template: &Template) -> Option<&'static str> {
-    INIT_CALLS.into_iter().find(|name| {
+    let service = SERVICE_CALLS.into_iter().filter(|_| template.listens);
+    INIT_CALLS.into_iter().chain(service).find(|name| {
         syscalls::number(name).is_none_or(|number| !template.syscalls.allowed.contains_key(&number))
     })
 }
@@ -146,7 +153,8 @@ pub fn demanded_of_cgroup(template: &Template) -> Vec<Control> {
         (Control::CgroupSwap, limits.swap.finite().is_some()),
         (Control::CgroupPids, limits.pids.finite().is_some()),
         (Control::CgroupCpu, limits.cpus.finite().is_some()),
-        (Control::CpuTime, limits.cpu_time.finite().is_some()),
+        // A service's is not counted.
+        (Control::CpuTime, limits.cpu_time.finite().is_some() && !template.listens),
     ] {
         if limited {
             controls.push(control);
@@ -211,7 +219,7 @@ fn host_config(template: &Template, checked: &Checked, filter: &str) -> HostConf
         readonly_rootfs: Some(true),
         masked_paths: Some(MASKED.map(str::to_owned).into()),
         readonly_paths: Some(READ_ONLY.map(str::to_owned).into()),
-        tmpfs: template.filesystem.tmp.map(|size| tmp(size, template.filesystem.tmp_exec)),
+        tmpfs: Some(tmpfs(template)).filter(|all| !all.is_empty()),
         log_config: Some(HostConfigLogConfig { typ: Some("none".to_owned()), config: None }),
         // The entrypoint is one.
         init: Some(false),
@@ -243,10 +251,22 @@ fn network(network: Network) -> &'static str {
     }
 }
 
-fn tmp(size: Limit<u64>, exec: bool) -> HashMap<String, String> {
+fn tmpfs(template: &Template) -> HashMap<String, String> {
+    let tmp = template.filesystem.tmp.map(|size| tmp(size, template.filesystem.tmp_exec));
+    let service = template.listens.then(|| {
+        let (size, inodes, mode) = (service::SIZE, service::INODES, service::MODE);
+        let options = format!(
+            "rw,nosuid,nodev,noexec,size={size},nr_inodes={inodes},mode={mode:04o},uid={USER},gid={USER}"
+        );
+        (SERVICE_DIRECTORY.to_owned(), options)
+    });
+    tmp.into_iter().chain(service).collect()
+}
+
+fn tmp(size: Limit<u64>, exec: bool) -> (String, String) {
     let size = size.finite().map(|bytes| format!(",size={}", bytes.max(4096))).unwrap_or_default();
     let exec = if exec { "exec" } else { "noexec" };
-    [("/tmp".to_owned(), format!("rw,nosuid,nodev,{exec},mode=1777{size}"))].into()
+    ("/tmp".to_owned(), format!("rw,nosuid,nodev,{exec},mode=1777{size}"))
 }
 
 /// RLIMIT_NOFILE where the policy has none.

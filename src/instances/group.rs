@@ -209,7 +209,7 @@ impl Group {
                 group,
                 shared: Arc::clone(shared),
                 instance,
-                how: How::Abandoned,
+                how: How::Cancelled,
             }));
         }
         // Failures of before it came are not its.
@@ -224,7 +224,7 @@ impl Group {
             state.waiting.push(shape.clone());
             *place = Some(Place { group: Arc::clone(self), shape: shape.clone() });
         }
-        let starting = state.count_starting(shape);
+        let starting = state.count_coming(shape);
         let waiting = state.waiting.iter().filter(|other| *other == shape).count();
         let expected = starting.saturating_mul(self.rules.concurrency as usize);
         if waiting <= expected {
@@ -322,10 +322,11 @@ impl Group {
             How::Done => {
                 member.overruns = 0;
             }
-            How::Abandoned => {
-                member.abandoned = member.abandoned.saturating_add(1);
+            How::Overrun => {
+                member.abandoned += 1;
                 member.overruns += 1;
             }
+            How::Cancelled => member.abandoned += 1,
         }
         let worn = !self.rules.max_requests.allows(member.served.saturating_add(1));
         if worn || superseded || member.overruns >= OVERRUNS_MAX {
@@ -470,8 +471,15 @@ impl State {
         self.members.iter().filter(|member| member.standing == Standing::Ready).count()
     }
 
-    fn count_starting(&self, shape: &Shape) -> usize {
-        self.starting.iter().filter(|other| *other == shape).count()
+    /// Instances that will soon be ready: those that are being started, and those that are
+    /// looked at and may well be of use.
+    fn count_coming(&self, shape: &Shape) -> usize {
+        let starting = self.starting.iter().filter(|other| *other == shape).count();
+        let examined = self
+            .members
+            .iter()
+            .filter(|member| member.standing == Standing::Examined && member.shape == *shape);
+        starting + examined.count()
     }
 
     fn no_longer_starting(&mut self, shape: &Shape) {
@@ -537,11 +545,13 @@ impl Drop for Place {
 enum How {
     /// It is over for both sides.
     Done,
-    /// It is over for us.
-    Abandoned,
+    /// It is over for us: its time was.
+    Overrun,
+    /// It is over for us: nobody waited for it any more.
+    Cancelled,
 }
 
-/// One call's share of an instance. Dropping it abandons the call.
+/// One call's share of an instance. Dropping it cancels the call.
 #[derive(Debug)]
 pub(super) struct Lease {
     group: Arc<Group>,
@@ -560,8 +570,13 @@ impl Lease {
         self.how = How::Done;
     }
 
-    /// The call was given up: whether the service does so too is to be seen.
-    pub(super) fn abandoned(self) {}
+    /// The call's time was over: whether it is over for the service is to be seen.
+    pub(super) fn overrun(mut self) {
+        self.how = How::Overrun;
+    }
+
+    /// Nobody waited for the call any more. The same.
+    pub(super) fn cancelled(self) {}
 }
 
 impl Drop for Lease {

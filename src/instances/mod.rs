@@ -362,21 +362,21 @@ async fn told(
         }
         Exchange::Unanswered(why) => {
             match &why {
-                Unanswered::TimedOut | Unanswered::Cancelled => lease.abandoned(),
+                Unanswered::TimedOut => lease.overrun(),
+                Unanswered::Cancelled => lease.cancelled(),
                 _ => lease.done(),
             }
             Err(why)
         }
         Exchange::Ended(ended) => {
             lease.done();
-            let mut outcome = match &ended.0 {
+            let outcome = match &ended.0 {
+                // With all that is known of it, and all that is kept of its log.
                 Ok(outcome) => outcome.clone(),
                 Err(_) => blank(Verdict::Failed),
             };
-            let (stderr, stderr_truncated) = instance.service.log_since(mark);
-            outcome = Outcome { stderr, stderr_truncated, ..outcome };
-            outcome = Outcome { started: times.started, setup: times.setup, ..outcome };
-            outcome.wall = times.wall;
+            let Times { started, setup, wall } = times;
+            let outcome = Outcome { started, setup, wall, ..outcome };
             let answer = Err(Unanswered::Ended);
             return Served { outcome, instance: Some(instance.service.run()), warm, answer };
         }

@@ -159,7 +159,7 @@ async fn answers(service: &Service, socket: ServiceSocket) -> Result<Connection,
     loop {
         let later = match open(service, socket).await {
             Ok(connection) => return Ok(connection),
-            Err(NoConnection::Open(error @ (OpenError::Foreign(_) | OpenError::Failed(_)))) => {
+            Err(NoConnection::Open(error @ OpenError::Foreign(_))) => {
                 return Err(Unanswered::NotGrpc(error.to_string()));
             }
             // Closed with what it inherited, or by a server that was just about to begin.

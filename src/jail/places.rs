@@ -102,7 +102,7 @@ impl Places {
             // systemd.exec(5): there may be several, with colons between.
             let first = paths.as_bytes().split(|byte| *byte == b':').next()?.to_vec();
             let path = PathBuf::from(OsString::from_vec(first));
-            path.is_absolute().then_some(path)
+            (path.is_absolute() && path.is_dir()).then_some(path)
         };
         let parent = match root {
             true => named("RUNTIME_DIRECTORY").unwrap_or_else(|| "/run".into()),
@@ -114,6 +114,12 @@ impl Places {
 
     fn below(parent: PathBuf) -> Self {
         Self { parent, base: None, left: Vec::new() }
+    }
+
+    /// Where it makes its directory, for the log.
+    #[must_use]
+    pub fn parent(&self) -> &Path {
+        &self.parent
     }
 
     /// A socket that listens, connected to by nobody: it was in a directory that is ours
@@ -204,11 +210,15 @@ impl Places {
     }
 
     fn base(&mut self) -> io::Result<&mut Base> {
-        let made = match self.base.take() {
+        // Whoever tidies up in there may have taken it for forgotten.
+        let there = |base: &Base| {
+            rustix::fs::fstat(&base.directory).is_ok_and(|directory| directory.st_nlink > 0)
+        };
+        let base = match self.base.take().filter(there) {
             Some(base) => base,
             None => Base::make(&self.parent)?,
         };
-        Ok(self.base.insert(made))
+        Ok(self.base.insert(base))
     }
 }
 
@@ -458,6 +468,18 @@ mod tests {
         assert_eq!(entries(directory.path()).len(), 1);
         living.place(own()).unwrap();
         living.close().unwrap();
+        assert_eq!(entries(directory.path()).len(), 0);
+    }
+
+    #[test]
+    fn what_somebody_removed_is_made_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut places = Places::below(directory.path().to_owned());
+        places.listening().unwrap();
+        fs::remove_dir_all(&entries(directory.path())[0]).unwrap();
+        places.listening().unwrap();
+        places.place(own()).unwrap();
+        places.close().unwrap();
         assert_eq!(entries(directory.path()).len(), 0);
     }
 

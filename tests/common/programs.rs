@@ -16,7 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 11] = [
+const PROGRAMS: &[(&str, &str, &[&str])] = &[
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
@@ -27,6 +27,7 @@ const PROGRAMS: [(&str, &str, &[&str]); 11] = [
     ("fill", "fill.c", &["-static"]),
     ("serve", "serve.c", &["-static"]),
     ("hostile", "hostile.c", &["-static"]),
+    ("sockets", "sockets.c", &["-static"]),
     // Needs a loader and libc from the root it runs in.
     ("act-dynamic", "act.c", &[]),
 ];
@@ -137,7 +138,7 @@ fn prepare() -> PathBuf {
     // Test binaries of one `cargo test` may come here at once.
     let file = fs::File::create(target.join(".lock")).unwrap();
     let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
-    for (name, source, flags) in PROGRAMS {
+    for &(name, source, flags) in PROGRAMS {
         build(&target, name, source, flags);
     }
     for (name, sources) in SERVICES {

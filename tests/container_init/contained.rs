@@ -28,7 +28,9 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// What makes a place like a container, and becomes `$0` of the directory `$1` in it.
 const ENTER: &str = "mount -t tmpfs none /run && mkdir /run/dispatcher \
-    && mount --bind \"$1\" /run/dispatcher && program=$0 && shift && exec \"$@\" \"$program\"";
+    && mount --bind \"$1\" /run/dispatcher \
+    && if [ -d \"$1/grpc\" ]; then mkdir /run/grpc && mount --bind \"$1/grpc\" /run/grpc; fi \
+    && program=$0 && shift && exec \"$@\" \"$program\"";
 
 /// The means of `unshare` and `setpriv` to the same end.
 pub fn command(directory: &Path, program: &str) -> Command {
@@ -83,7 +85,21 @@ impl Container {
     }
 
     pub fn with(hold: Hold, stdin: Stdio) -> Self {
+        Self::within(directory(), hold, stdin)
+    }
+
+    /// One with a directory for a service's sockets.
+    pub fn serving(hold: Hold) -> Self {
         let directory = directory();
+        let place = directory.path().join("grpc");
+        fs::create_dir(&place).unwrap();
+        if !rootless() {
+            std::os::unix::fs::chown(&place, Some(65534), Some(65534)).unwrap();
+        }
+        Self::within(directory, hold, Stdio::piped())
+    }
+
+    fn within(directory: tempfile::TempDir, hold: Hold, stdin: Stdio) -> Self {
         let path = directory.path().join("hold");
         if hold != Hold::Missing {
             nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o644)).unwrap();
@@ -230,8 +246,15 @@ pub fn message(path: &str, argv: &[&[u8]], environment: &[&[u8]]) -> Vec<u8> {
 
 pub fn message_of(arguments: u32, environment: u32, strings: &[u8]) -> Vec<u8> {
     let strings_len = strings.len() as u32;
-    let header = Header { nonce: NONCE, arguments, environment, strings_len };
+    let header = Header { nonce: NONCE, arguments, environment, strings_len, listens: false };
     [&header.encode(), strings].concat()
+}
+
+/// [`script`] for a program that listens.
+pub fn service(text: &str) -> Vec<u8> {
+    let mut message = script(text);
+    message[Header::LEN - 4] = 1;
+    message
 }
 
 /// A message that runs a script of the shell's.

@@ -56,7 +56,19 @@ impl Launcher {
 
     /// What it makes on the host it makes in this directory.
     pub fn start_in(template: Template, directory: &Path) -> Self {
-        let launcher = Self::spawn(template, Some(directory), || Ok(()));
+        Self::start_with(template, &[], directory, || Ok(()))
+    }
+
+    /// The same, prepared, and with variables in its environment.
+    pub fn start_with(
+        template: Template,
+        variables: &[(&str, &str)],
+        directory: &Path,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        let directory = directory.to_str().unwrap();
+        let places = [("RUNTIME_DIRECTORY", directory), ("XDG_RUNTIME_DIR", directory)];
+        let launcher = Self::spawn(template, &[variables, &places].concat(), prepare);
         assert_eq!(launcher.next(), FromLauncher::Ready { policy_set: SET });
         launcher
     }
@@ -65,20 +77,18 @@ impl Launcher {
         template: Template,
         prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
-        Self::spawn(template, None, prepare)
+        Self::spawn(template, &[], prepare)
     }
 
     fn spawn(
         template: Template,
-        directory: Option<&Path>,
+        variables: &[(&str, &str)],
         prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
         let (ours, theirs) = sys::seqpacket_pair().unwrap();
         let mut command = Command::new(dispatcher_binary());
         command.arg0("dispatch-launch").stdin(Stdio::null()).stdout(Stdio::null());
-        if let Some(directory) = directory {
-            command.env("RUNTIME_DIRECTORY", directory).env("XDG_RUNTIME_DIR", directory);
-        }
+        command.envs(variables.iter().copied());
         let raw = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe.
         #[expect(clippy::disallowed_methods, reason = "nothing to be quick for")]

@@ -94,7 +94,8 @@ static int fill(size_t bytes)
 static int act(const char *word, const char *argument)
 {
 	const char *where = *argument ? argument : path;
-	if (!strcmp(word, "hello"))
+	/* Or nothing: who connected went away. */
+	if (!*word || !strcmp(word, "hello"))
 		return 0;
 	if (!strcmp(word, "bind"))
 		return bind_at(path);

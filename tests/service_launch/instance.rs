@@ -1,5 +1,8 @@
 //! Services started by a launcher of the test's, and talked with.
 
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -97,10 +100,20 @@ impl Services {
     }
 
     pub fn start_with(template: Template) -> Self {
+        Self::start_prepared(template, &[], || Ok(()))
+    }
+
+    /// `prepare` runs in the process before it becomes the launcher: only system calls.
+    pub fn start_prepared(
+        template: Template,
+        variables: &[(&str, &str)],
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         // Direct mode's user passes through.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        Self { launcher: Launcher::start_in(template, directory.path()), directory }
+        let launcher = Launcher::start_with(template, variables, directory.path(), prepare);
+        Self { launcher, directory }
     }
 
     pub fn instance(&self, mode: Mode) -> Instance<'_> {

@@ -250,7 +250,8 @@ fn nothing_is_left(at: &Mode) {
     look(&dispatcher, "ns");
     state(&dispatcher.call(again("ns", "Fork", &Text { value: child.clone() })));
     state(&dispatcher.call(call("other", "Fork", &Text { value: child.clone() })));
-    wait_until("the children have their names", Duration::from_secs(10), || {
+    // A child takes its name by itself.
+    wait_until("all are there", Duration::from_secs(5), || {
         (host::named(&name).len(), host::named(&child).len()) == (2, 2)
     });
     dispatcher.stop();

@@ -38,6 +38,8 @@ impl Fd {
     pub const STDIN: Self = Self(0);
     pub const STDOUT: Self = Self(1);
     pub const STDERR: Self = Self(2);
+    /// The first after these, which systemd's protocol begins at: sd_listen_fds(3).
+    pub const LISTENER: Self = Self(3);
 }
 
 /// The number of a process.
@@ -64,6 +66,7 @@ static SIGCHLD_SET: u64 = 1 << (SIGCHLD - 1);
 const O_WRONLY: usize = 1;
 const O_NONBLOCK: usize = 0o4000;
 const O_CLOEXEC: usize = 0o2_000_000;
+const AT_FDCWD: usize = -100_isize as usize;
 
 /// Every call that is made.
 mod number {
@@ -76,6 +79,9 @@ mod number {
     pub const RT_SIGACTION: usize = 13;
     pub const RT_SIGPROCMASK: usize = 14;
     pub const GETPID: usize = 39;
+    pub const SOCKET: usize = 41;
+    pub const BIND: usize = 49;
+    pub const LISTEN: usize = 50;
     pub const CLONE: usize = 56;
     pub const EXECVE: usize = 59;
     pub const WAIT4: usize = 61;
@@ -84,8 +90,11 @@ mod number {
     pub const PRCTL: usize = 157;
     pub const EXIT_GROUP: usize = 231;
     pub const OPENAT: usize = 257;
+    pub const UNLINKAT: usize = 263;
     pub const PPOLL: usize = 271;
+    pub const ACCEPT4: usize = 288;
     pub const SIGNALFD4: usize = 289;
+    pub const DUP3: usize = 292;
     pub const PIPE2: usize = 293;
     pub const CLOSE_RANGE: usize = 436;
 }
@@ -204,7 +213,6 @@ pub fn open_to_write(path: &CStr) -> Result<Fd> {
 }
 
 fn open(path: &CStr, flags: usize) -> Result<Fd> {
-    const AT_FDCWD: usize = -100_isize as usize;
     let arguments = [AT_FDCWD, path.as_ptr() as usize, flags | O_CLOEXEC, 0, 0, 0];
     // SAFETY: a string with its NUL.
     unsafe { syscall(number::OPENAT, arguments) }.map(|fd| Fd(fd as i32))
@@ -245,6 +253,49 @@ pub fn pipe() -> Result<(Fd, Fd)> {
     unsafe { syscall(number::PIPE2, arguments) }?;
     let [read, write] = ends;
     Ok((Fd(read), Fd(write)))
+}
+
+/// A stream socket of the Unix family that listens at a path, unix(7). It stays open over
+/// exec: whoever forks decides who has it.
+pub fn listen(path: &CStr, backlog: u32) -> Result<Fd> {
+    const AF_UNIX: u16 = 1;
+    const SOCK_STREAM: usize = 1;
+    /// The kernel's `struct sockaddr_un`.
+    #[repr(C)]
+    struct Address {
+        family: u16,
+        path: [u8; 108],
+    }
+    let mut address = Address { family: AF_UNIX, path: [0; 108] };
+    for (to, from) in address.path.iter_mut().zip(path.to_bytes()) {
+        *to = *from;
+    }
+    let socket = numbers(number::SOCKET, [AF_UNIX as usize, SOCK_STREAM, 0])?;
+    let size = mem::size_of::<Address>();
+    // SAFETY: the structure is the kernel's, and as long as said.
+    unsafe { syscall(number::BIND, [socket, &raw const address as usize, size, 0, 0, 0]) }?;
+    numbers(number::LISTEN, [socket, backlog as usize])?;
+    Ok(Fd(socket as i32))
+}
+
+/// The next connection to a socket that listens.
+pub fn accept(listener: Fd) -> Result<Fd> {
+    // SOCK_CLOEXEC is O_CLOEXEC. Nobody asks for the peer's address.
+    numbers(number::ACCEPT4, [listener.0 as usize, 0, 0, O_CLOEXEC]).map(|fd| Fd(fd as i32))
+}
+
+pub fn unlink(path: &CStr) -> Result<()> {
+    // SAFETY: a string with its NUL.
+    unsafe { syscall(number::UNLINKAT, [AT_FDCWD, path.as_ptr() as usize, 0, 0, 0, 0]) }.map(drop)
+}
+
+/// Gives a descriptor another number, whatever had that, to be kept over exec.
+pub fn renumber(from: Fd, to: Fd) -> Result<()> {
+    if from.0 != to.0 {
+        numbers(number::DUP3, [from.0 as usize, to.0 as usize, 0])?;
+        close(from);
+    }
+    Ok(())
 }
 
 /// Waits for what either is to be ready for, or only looks: what they are ready for.

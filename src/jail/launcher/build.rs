@@ -308,10 +308,9 @@ impl Launcher {
         self.inject(Step::ServiceSocket)?;
         let user = prepared.host_user(mode, ids, &self.facts)?;
         let place = match mode {
-            Mode::Direct => Some(self.places.place(user)).transpose(),
-            Mode::Jail | Mode::Container => Ok(None),
+            Mode::Direct => Some(self.place(user)?),
+            Mode::Jail | Mode::Container => None,
         };
-        let place = place.map_err(|error| run::refusal(step_error(Step::ServiceSocket)(error)))?;
         Ok(Some(Service::new(user.0, place)))
     }
 

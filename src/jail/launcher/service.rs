@@ -1,10 +1,10 @@
 //! Runs that listen: their sockets, and what is asked of them while they live.
 
-use std::{os::fd::OwnedFd, time::Instant};
+use std::{io, os::fd::OwnedFd, time::Instant};
 
 use rustix::io::Errno;
 
-use super::{Launcher, QUARANTINE_RETRY};
+use super::{Launcher, QUARANTINE_RETRY, log};
 use crate::{
     jail::{
         message::{FromLauncher, Refusal, ServiceSocket},
@@ -25,10 +25,20 @@ impl Launcher {
         if !template.listens {
             return Ok(None);
         }
-        self.places.listening().map(Some).map_err(|error| {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
-            run::refusal(StepError { step: Step::ServiceSocket, index: 1, errno })
-        })
+        self.places.listening().map(Some).map_err(|error| self.no_socket(1, &error))
+    }
+
+    /// The directory in which a run in direct mode may bind a socket of its own.
+    pub(super) fn place(&mut self, owner: (u32, u32)) -> Result<Place, Refusal> {
+        self.places.place(owner).map_err(|error| self.no_socket(0, &error))
+    }
+
+    /// Who runs the service is told where: the caller hears of the step alone.
+    fn no_socket(&self, index: u16, error: &io::Error) -> Refusal {
+        let parent = self.places.parent().display();
+        log(&format!("a service can't have a socket in {parent}: {error}"));
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        run::refusal(StepError { step: Step::ServiceSocket, index, errno })
     }
 
     /// Answers with a new connection to a run.

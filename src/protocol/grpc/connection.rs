@@ -52,9 +52,6 @@ pub enum OpenError {
     /// What came isn't HTTP/2.
     #[error("it doesn't speak HTTP/2: it began with {0}")]
     Foreign(String),
-    /// Anything else.
-    #[error("the connection failed: {0}")]
-    Failed(String),
 }
 
 /// An answered connection. Calls on it go on side by side; dropping the last clone closes it.
@@ -82,7 +79,6 @@ impl Connection {
     pub async fn open(socket: UnixStream) -> Result<Self, OpenError> {
         let (greet, greeted) = oneshot::channel();
         let socket = Listening { socket, first: Vec::new(), greet: Some(greet) };
-        let failed = |error: hyper::Error| OpenError::Failed(in_full(&error));
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -91,7 +87,8 @@ impl Connection {
             .max_send_buf_size(SEND_BUFFER)
             .handshake(TokioIo::new(socket))
             .await
-            .map_err(failed)?;
+            // It writes only: whatever fails, there is nobody to read.
+            .map_err(|_| OpenError::Closed)?;
         let task = tokio::spawn(async move {
             // Whoever has a call on it learns of it there.
             let _ = connection.await;

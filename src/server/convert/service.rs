@@ -99,7 +99,7 @@ fn unanswered(why: &Unanswered, outcome: &Outcome, terms: Option<&Terms>) -> Sum
             let text = format!("the service left the call unanswered: {what}");
             summary(Code::Unavailable, "connection_lost", text)
         }
-        Unanswered::Ended => ended(outcome, terms, "while it had the call"),
+        Unanswered::Ended => with_log(ended(outcome, terms, "while it had the call"), outcome),
         Unanswered::EndedAtStart => {
             with_log(ended(outcome, terms, "before it answered anything"), outcome)
         }
