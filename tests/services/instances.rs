@@ -190,10 +190,13 @@ fn a_reload_drains_those_of_old(at: &Mode) {
     let (old, new) = (token(), token());
     let named = |name: &str| policy(at, &started(&format!("name={name}")));
     let dispatcher = Dispatcher::start([("ns", named(&old)), ("other", policy(at, ""))]);
+    let begun = Instant::now();
     let first = look(&dispatcher, "ns");
+    // Long enough for another to start meanwhile, which takes containers a second and more.
+    let long = scaled_ms(1500) + 4 * begun.elapsed().as_millis() as u64;
     let other = look(&dispatcher, "other");
     let process = only(&old);
-    let nap = dispatcher.begin(again("ns", "Sleep", &Number { value: scaled_ms(2500) }));
+    let nap = dispatcher.begin(again("ns", "Sleep", &Number { value: long }));
     wait_until("it sleeps", Duration::from_secs(10), || look(&dispatcher, "ns").now == 2);
 
     dispatcher.write_policy("ns", &named(&new));
