@@ -16,7 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::Facts;
 
 /// Every program: its name, its source and how it is linked.
-const PROGRAMS: [(&str, &str, &[&str]); 12] = [
+const PROGRAMS: &[(&str, &str, &[&str])] = &[
     ("act", "act.c", &["-static"]),
     ("echo", "echo.c", &["-static"]),
     ("syscall", "syscall.c", &["-static"]),
@@ -38,12 +38,25 @@ const SERVICES: [(&str, &[&str]); 2] = [
     ("greeter", &["examples/greeter/main.rs", "examples/greeter/helloworld.proto"]),
 ];
 
+/// Where Debian keeps the sources of Go's packages.
+const GO_PATH: &str = "/usr/share/gocode";
+
+/// The service in Go, static; `None` where neither Go nor its gRPC was there to build it.
+pub fn go_service() -> Option<Bytes> {
+    prepared().join("greeter-go").exists().then(|| bytes("greeter-go"))
+}
+
 /// Where the compiled program is.
 pub fn path(name: &str) -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let path = BUILT.get_or_init(prepare).join(name);
+    let path = prepared().join(name);
     assert!(path.exists(), "no test program {name} at {}", path.display());
     path
+}
+
+/// The directory of them all.
+fn prepared() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(prepare)
 }
 
 /// The compiled program's content, read once.
@@ -125,13 +138,34 @@ fn prepare() -> PathBuf {
     // Test binaries of one `cargo test` may come here at once.
     let file = fs::File::create(target.join(".lock")).unwrap();
     let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
-    for (name, source, flags) in PROGRAMS {
+    for &(name, source, flags) in PROGRAMS {
         build(&target, name, source, flags);
     }
     for (name, sources) in SERVICES {
         build_service(&target, name, sources);
     }
+    build_go_service(&target);
     target
+}
+
+/// From what Debian packages: nothing is fetched.
+fn build_go_service(target: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/greeter.go");
+    let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
+    let output = target.join("greeter-go");
+    let fresh = modified(&output).is_ok_and(|built| built > modified(&source).unwrap());
+    if fresh || !Path::new(GO_PATH).join("src/google.golang.org/grpc").exists() {
+        return;
+    }
+    let unfinished = target.join("greeter-go.new");
+    let mut go = Command::new("go");
+    go.args(["build", "-ldflags=-s -w", "-o"]).args([&unfinished, &source]);
+    go.env("GO111MODULE", "off").env("GOPATH", GO_PATH).env("GOFLAGS", "");
+    go.env("CGO_ENABLED", "0").env("GOCACHE", target.parent().unwrap().join("go-cache"));
+    let Ok(built) = go.output() else { return };
+    let error = String::from_utf8_lossy(&built.stderr);
+    assert!(built.status.success(), "cannot build greeter.go: {error}");
+    fs::rename(unfinished, output).unwrap();
 }
 
 /// Builds an example static: of all that it needs, most is compiled already, for the tests.

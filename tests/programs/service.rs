@@ -91,7 +91,33 @@ impl Options {
     }
 }
 
+/// What there is at the start, before anything of ours is.
+fn around() -> Vec<Entry> {
+    let entry = |name: &str, value: String| Entry { name: name.into(), value: value.into() };
+    let mut found = vec![];
+    let directory = std::fs::read_dir("/proc/self/fd").expect("/proc");
+    let numbers: Vec<_> = directory.flatten().map(|fd| fd.file_name()).collect();
+    // One was the directory's own, and is no more.
+    for number in numbers.iter().filter_map(|number| number.to_str()) {
+        if std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok() {
+            found.push(entry("fd", number.into()));
+        }
+    }
+    found.extend(env::vars().map(|(name, value)| entry("env", format!("{name}={value}"))));
+    // SAFETY: plain system calls.
+    let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
+    found.push(entry("uid", uid.to_string()));
+    found.push(entry("gid", gid.to_string()));
+    let cwd = env::current_dir()
+        .map_or_else(|error| error.to_string(), |path| path.display().to_string());
+    found.push(entry("cwd", cwd));
+    let stdin = io::copy(&mut io::stdin(), &mut io::sink());
+    found.push(entry("stdin", format!("{stdin:?}")));
+    found
+}
+
 fn main() {
+    let around = around();
     let options = Options::read(&env::var("PROBE").unwrap_or_default());
     if let Some(name) = &options.name {
         rename(name).unwrap();
@@ -106,7 +132,7 @@ fn main() {
         tokio::runtime::Builder::new_multi_thread()
     };
     let runtime = builder.worker_threads(options.threads).enable_all().build().unwrap();
-    runtime.block_on(serve(options));
+    runtime.block_on(serve(options, around));
 }
 
 /// Ends as exit(3) would, whatever other threads do.
@@ -123,7 +149,7 @@ fn rename(name: &str) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-async fn serve(options: Options) {
+async fn serve(options: Options, around: Vec<Entry>) {
     thread::sleep(options.delay);
     let listener = listener(&options.listen).unwrap();
     let taken = options.connections;
@@ -131,7 +157,7 @@ async fn serve(options: Options) {
     // The stream's end would be the server's: it goes on with the connections it has.
     let incoming = incoming.chain(tokio_stream::pending::<io::Result<UnixStream>>());
 
-    let probe = ProbeServer::new(Service::new())
+    let probe = ProbeServer::new(Service::new(around))
         .max_decoding_message_size(MESSAGE_MAX)
         .max_encoding_message_size(MESSAGE_MAX);
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -191,6 +217,7 @@ struct Service {
     counts: Arc<Counts>,
     token: String,
     kept: Mutex<Vec<Vec<u8>>>,
+    around: Vec<Entry>,
 }
 
 /// A call that is there, until dropped.
@@ -210,13 +237,13 @@ impl Drop for Present {
 }
 
 impl Service {
-    fn new() -> Self {
+    fn new(around: Vec<Entry>) -> Self {
         let mut random = [0_u8; 8];
         // SAFETY: the buffer is as long as said.
         let got = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
         assert_eq!(got, 8, "getrandom");
         let token = format!("{:016x}", u64::from_ne_bytes(random));
-        Self { counts: Arc::default(), token, kept: Mutex::default() }
+        Self { counts: Arc::default(), token, kept: Mutex::default(), around }
     }
 
     fn enter(&self) -> Present {
@@ -258,6 +285,11 @@ impl Probe for Service {
     async fn look(&self, _: Request<Nothing>) -> Result<Response<State>, Status> {
         let _present = self.enter();
         self.state()
+    }
+
+    async fn around(&self, _: Request<Nothing>) -> Result<Response<Entries>, Status> {
+        let _present = self.enter();
+        Ok(Response::new(Entries { entries: self.around.clone() }))
     }
 
     async fn metadata(&self, request: Request<Nothing>) -> Result<Response<Entries>, Status> {

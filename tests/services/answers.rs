@@ -30,6 +30,8 @@ in_every_mode! {
     large_messages_pass,
     answers_have_a_limit,
     requests_may_not_ask_for_more,
+    what_is_around_it_is_as_for_any_program,
+    one_service_may_be_grpc_where_others_are_not,
 }
 
 fn payload(data: &'static [u8]) -> Payload {
@@ -153,7 +155,7 @@ fn its_status_becomes_the_calls(at: &Mode) {
     for (number, code) in CODES {
         let failure = Failure {
             code: number,
-            message: format!("kein Glück: {number} %41\n"),
+            message: format!("kein Glück: {number} %41"),
             details: b"\0\xffdetail"[..].into(),
             trailers: vec![entry("x-note", b"some text"), entry("x-raw-bin", b"\xfe\x01")],
         };
@@ -315,5 +317,55 @@ fn requests_may_not_ask_for_more(at: &Mode) {
     let other = dispatcher.call(call("ns", "Echo", &Nothing {}));
     other.refused(Code::PermissionDenied, "service_not_allowed");
     assert_eq!(look(&dispatcher, "ns").calls, 1);
+    dispatcher.stop();
+}
+
+fn what_is_around_it_is_as_for_any_program(at: &Mode) {
+    let dispatcher = start(at, "");
+    let reply = dispatcher.call(call("ns", "Around", &Nothing {}));
+    let entries = answer::<Entries>(&reply, "test.Entries").entries;
+    let all = |name: &str| -> Vec<_> {
+        let of_name = entries.iter().filter(|entry| entry.name == name);
+        of_name.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()).collect()
+    };
+    assert_eq!(all("fd"), ["0", "1", "2", "3"]);
+    assert_eq!(all("stdin"), ["Ok(0)"], "nothing, and at an end");
+    assert_eq!(all("cwd"), ["/"]);
+    if at.name != "direct" {
+        assert_eq!((all("uid"), all("gid")), (vec!["65534".into()], vec!["65534".into()]));
+    }
+    let environment = all("env");
+    let value = |name: &str| {
+        let of_name = |entry: &String| entry.split_once('=').is_some_and(|(its, _)| its == name);
+        environment
+            .iter()
+            .find(|entry| of_name(entry))
+            .map(|entry| entry[name.len() + 1..].to_owned())
+    };
+    assert_eq!(value("LISTEN_FDS").as_deref(), Some("1"));
+    assert_eq!(value("LISTEN_FDNAMES").as_deref(), Some("grpc"));
+    assert_eq!(value("PATH").as_deref(), Some("/usr/local/bin:/usr/bin:/bin"));
+    assert!(value("GRPC_UNIX_SOCKET").is_some_and(|path| path.starts_with('/')));
+    // It isn't started for one call, and isn't told of the one that came first.
+    for name in ["DISPATCHER_METHOD", "DISPATCHER_INPUT_TYPE", "GRPC_INPUT_DATA"] {
+        assert_eq!(value(name), None, "{environment:?}");
+    }
+    let host = ["CARGO", "CI", "DISPATCHER_TEST_TOOLS", "LISTEN_UNRELATED"];
+    assert!(host.iter().all(|name| value(name).is_none()), "{environment:?}");
+    dispatcher.stop();
+}
+
+fn one_service_may_be_grpc_where_others_are_not(at: &Mode) {
+    let service =
+        "argv = \"plain\"\noutput = \"bytes\"\n[service.\"test.Probe/*\"]\nprotocol = \"grpc\"\n";
+    let text = policy(at, service).replacen("protocol = \"grpc\"\n", "", 1);
+    let dispatcher = Dispatcher::start([("ns", text)]);
+    let first = look(&dispatcher, "ns");
+    assert_eq!(dispatcher.run("ns", "act", &["print", "once"]).ok().text(), "once");
+    assert_eq!(look(&dispatcher, "ns").token, first.token);
+    // What is no server never listens: here, it ends.
+    let reply = dispatcher.call(Call::new("ns", "act").method("test.Probe", "Look"));
+    assert_ne!(reply.code, Code::Ok, "{}", reply.summary());
+    assert_ne!(reply.verdict, Verdict::Failed, "{}", reply.summary());
     dispatcher.stop();
 }

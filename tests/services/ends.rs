@@ -6,7 +6,9 @@ use dispatcher::wire::{Verdict, status::Code};
 
 use crate::{
     Forbidden, Mode, again, call,
-    common::{Call, Dispatcher, dispatcher::Running, scaled_ms, token, wait_for, wait_until},
+    common::{
+        Call, Dispatcher, dispatcher::Running, host::named, scaled_ms, token, wait_for, wait_until,
+    },
     gone, look, only, policy, start, started, state,
     wire::{Nothing, Number, Text},
 };
@@ -53,15 +55,16 @@ fn ends_by(
     let dispatcher = start(at, &format!("{tables}{}", started(&format!("name={name}"))));
     let first = look(&dispatcher, "ns");
     let process = only(&name);
-    state(&dispatcher.call(again("ns", "Stderr", &Text { value: "last words\n".into() })));
     let nap = bystander(&dispatcher);
+    state(&dispatcher.call(again("ns", "Stderr", &Text { value: "last words\n".into() })));
     let guilty = dispatcher.call(again("ns", method, message));
     let innocent = nap.finish().unwrap();
     for reply in [&guilty, &innocent] {
         let reply = reply.clone().expect(Code::Unavailable, verdict, reason);
-        assert!(reply.stderr().contains("last words"), "{method}: {}", reply.summary());
         assert!(reply.elapsed < Duration::from_millis(scaled_ms(10_000)), "{:?}", reply.elapsed);
     }
+    // A call has of stderr what was written while it was there.
+    assert!(innocent.stderr().contains("last words"), "{method}: {}", innocent.summary());
     wait_until("it is gone", Duration::from_secs(10), || !process.alive());
     starts_anew(&dispatcher, &first.token);
     dispatcher.stop();
@@ -113,7 +116,7 @@ fn a_child_that_makes_trouble_is_its_trouble(at: &Mode) {
     let dispatcher = start(at, "");
     let first = look(&dispatcher, "ns");
     state(&dispatcher.call(again("ns", "Fork", &Text { value: child.clone() })));
-    let process = only(&child);
+    let process = wait_for("it has its name", Duration::from_secs(10), || named(&child).pop());
     assert_eq!(look(&dispatcher, "ns").token, first.token, "a child is nothing bad");
     let reply = dispatcher.call(again("ns", "Exit", &Number { value: 1 }));
     reply.expect(Code::Unavailable, Verdict::Exited, "exit_nonzero");
@@ -193,7 +196,8 @@ fn brief(method: &str) -> Call {
 }
 
 fn an_overrun_that_heeds_cancellation(at: &Mode) {
-    let dispatcher = start(at, "");
+    // With more, there may be another while this one is looked at.
+    let dispatcher = start(at, "[instances]\nmax = 1\n");
     let first = look(&dispatcher, "ns");
     let nap = bystander(&dispatcher);
     for cancelled in 1..3 {

@@ -1,4 +1,4 @@
-//! A service of another make: Python's grpcio.
+//! Services of other makes: Python's grpcio, and grpc-go.
 
 use std::{
     env, fs,
@@ -7,18 +7,21 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use dispatcher::wire::{Verdict, status::Code};
 use prost::Message as _;
+use tonic::transport::Channel;
 
 use crate::{
-    JAIL, answer,
+    JAIL, Mode, answer,
     common::{
         Call, Dispatcher,
         client::{connect, runtime},
-        programs::Background,
+        programs::{self, Background},
         skip, token, wait_for,
     },
     policy,
+    services::outside::{Service, Socket},
     wire::{HelloReply, HelloRequest, greeter_client::GreeterClient},
 };
 
@@ -64,15 +67,8 @@ fn python_serves_outside() {
     command.arg(directory.path().join("script")).stdin(Stdio::null());
     command.env("PYTHONPATH", packages).env("GRPC_UNIX_SOCKET", &socket);
     let _python = Background(command.spawn().unwrap());
-    let mut client = GreeterClient::new(connect(&format!("unix:{}", socket.display())));
-    let reply = wait_for("it answers", Duration::from_secs(20), || {
-        runtime().block_on(client.say_hello(HelloRequest { name: "Ada".into() })).ok()
-    });
-    let message = reply.into_inner().message;
-    assert!(message.starts_with("Hello Ada! ") && message.ends_with(" no colour"), "{message}");
-    let status = runtime().block_on(client.say_hello(HelloRequest::default())).unwrap_err();
-    assert_eq!(status.code(), tonic::Code::InvalidArgument);
-    assert_eq!(status.metadata().get("x-note").unwrap(), "from python");
+    let channel = connect(&format!("unix:{}", socket.display()));
+    greets_outside(&mut GreeterClient::new(channel), "python");
 }
 
 #[test]
@@ -86,7 +82,52 @@ fn python_serves() {
          [instances]\nstart_timeout = \"60s\"\n"
     );
     let dispatcher = Dispatcher::start([("ns", policy(&JAIL, &tables))]);
-    let call = Call::of("ns", script()).method("helloworld.Greeter", "SayHello");
+    greets(&dispatcher, script(), "python");
+    dispatcher.stop();
+}
+
+in_every_mode! {
+    go_serves,
+}
+
+fn go_serves(at: &Mode) {
+    let Some(binary) = programs::go_service() else {
+        skip!("no grpc-go; scripts/test installs it")
+    };
+    let dispatcher = Dispatcher::start([("ns", policy(at, ""))]);
+    greets(&dispatcher, binary, "go");
+    dispatcher.stop();
+}
+
+#[test]
+fn go_serves_outside() {
+    if programs::go_service().is_none() {
+        skip!("no grpc-go; scripts/test installs it")
+    }
+    for socket in [Socket::Inherited, Socket::Own] {
+        let service = Service::start("greeter-go", &[], socket);
+        greets_outside(&mut GreeterClient::new(service.channel()), "go");
+    }
+}
+
+/// What both services say.
+#[track_caller]
+fn greets_outside(client: &mut GreeterClient<Channel>, language: &str) {
+    let reply = wait_for("it answers", Duration::from_secs(20), || {
+        runtime().block_on(client.say_hello(HelloRequest { name: "Ada".into() })).ok()
+    });
+    let message = reply.into_inner().message;
+    assert!(message.starts_with("Hello Ada! ") && message.ends_with(" no colour"), "{message}");
+    let status = runtime().block_on(client.say_hello(HelloRequest::default())).unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    let note = format!("from {language}");
+    assert_eq!(status.metadata().get("x-note").unwrap(), note.as_str());
+}
+
+/// The same by the dispatcher: answers, metadata, errors, and many calls to one process.
+#[track_caller]
+fn greets(dispatcher: &Dispatcher, binary: impl Into<Bytes>, language: &str) {
+    let call = Call::of("ns", binary).method("helloworld.Greeter", "SayHello");
     let hello = |colour: &str| {
         let call = call.clone().input(request("Ada")).context("metadata.x-colour", colour);
         let reply = dispatcher.call(call);
@@ -103,7 +144,7 @@ fn python_serves() {
     let reply = dispatcher.call(call.clone());
     let reply = reply.expect(Code::InvalidArgument, Verdict::Completed, "service_status");
     assert!(reply.message.contains("name is empty"), "{}", reply.message);
-    assert_eq!(reply.detail("trailer.x-note"), "from python");
+    assert_eq!(reply.detail("trailer.x-note"), format!("from {language}"));
 
     // Many at once, from one process.
     let calls: Vec<_> = (0..16)
@@ -116,5 +157,4 @@ fn python_serves() {
         let reply: HelloReply = answer(&call.finish().unwrap(), "helloworld.HelloReply");
         assert!(reply.message.contains(&name), "{}", reply.message);
     }
-    dispatcher.stop();
 }

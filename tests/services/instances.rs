@@ -34,6 +34,8 @@ in_every_mode! {
     an_end_in_good_order_waits_for_calls,
     nothing_is_left,
     a_lost_launcher_takes_its_instances_along,
+    a_lost_server_takes_its_instances_along,
+    a_lost_monitor_takes_all_along,
 }
 
 /// Sends that many calls at once, each of which stays for a while, and returns the states
@@ -188,10 +190,13 @@ fn a_reload_drains_those_of_old(at: &Mode) {
     let (old, new) = (token(), token());
     let named = |name: &str| policy(at, &started(&format!("name={name}")));
     let dispatcher = Dispatcher::start([("ns", named(&old)), ("other", policy(at, ""))]);
+    let begun = Instant::now();
     let first = look(&dispatcher, "ns");
+    // Long enough for another to start meanwhile, which takes containers a second and more.
+    let long = scaled_ms(1500) + 4 * begun.elapsed().as_millis() as u64;
     let other = look(&dispatcher, "other");
     let process = only(&old);
-    let nap = dispatcher.begin(again("ns", "Sleep", &Number { value: scaled_ms(2500) }));
+    let nap = dispatcher.begin(again("ns", "Sleep", &Number { value: long }));
     wait_until("it sleeps", Duration::from_secs(10), || look(&dispatcher, "ns").now == 2);
 
     dispatcher.write_policy("ns", &named(&new));
@@ -208,7 +213,8 @@ fn a_reload_drains_those_of_old(at: &Mode) {
 }
 
 fn who_goes_away_is_known_to_the_service(at: &Mode) {
-    let dispatcher = start(at, "");
+    // With more, there may be another while this one is looked at.
+    let dispatcher = start(at, "[instances]\nmax = 1\n");
     let first = look(&dispatcher, "ns");
     let id = token();
     let nap = again("ns", "Sleep", &Number { value: 25_000 });
@@ -273,6 +279,45 @@ fn a_lost_launcher_takes_its_instances_along(at: &Mode) {
         (reply.code == Code::Ok).then(|| state(&reply))
     });
     assert_ne!(next.token, first.token);
+    dispatcher.stop();
+}
+
+fn a_lost_server_takes_its_instances_along(at: &Mode) {
+    let name = token();
+    let dispatcher = start(at, &started(&format!("name={name}")));
+    look(&dispatcher, "ns");
+    let process = only(&name);
+    dispatcher.process("dispatch-serve").signal(Signal::SIGKILL);
+    wait_until("it is gone", Duration::from_secs(10), || !process.alive());
+    // The listening socket stays; what was held is not promised to.
+    let next = wait_for("a new one", Duration::from_secs(20), || {
+        let reply = dispatcher.try_call(call("ns", "Look", &Nothing {})).ok()?;
+        (reply.code == Code::Ok).then(|| state(&reply))
+    });
+    assert_eq!(next.calls, 1);
+    dispatcher.stop();
+}
+
+fn a_lost_monitor_takes_all_along(at: &Mode) {
+    let (name, child) = (token(), token());
+    let text = policy(at, &started(&format!("name={name}")));
+    let prepared = Settings::new([("ns", text)]).prepare();
+    let dispatcher = prepared.start();
+    look(&dispatcher, "ns");
+    state(&dispatcher.call(again("ns", "Fork", &Text { value: child.clone() })));
+    dispatcher.descendants();
+    dispatcher.signal(Signal::SIGKILL);
+    dispatcher.wait(Duration::from_secs(5));
+    // Docker takes its time.
+    let limit = Duration::from_secs(if at.name == "container" { 10 } else { 2 });
+    wait_until("the instance is gone", limit, || {
+        host::named(&name).is_empty() && host::named(&child).is_empty()
+    });
+    dispatcher.assert_no_processes(Duration::from_secs(10));
+    dispatcher.stop();
+    // The next start takes away what may be left: empty cgroups, containers that ended.
+    let dispatcher = prepared.start();
+    look(&dispatcher, "ns");
     dispatcher.stop();
 }
 

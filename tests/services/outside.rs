@@ -46,7 +46,7 @@ pub enum Socket {
 }
 
 impl Service {
-    fn start(program: &str, environment: &[(&str, &str)], socket: Socket) -> Self {
+    pub fn start(program: &str, environment: &[(&str, &str)], socket: Socket) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut command = Command::new("sh");
@@ -80,7 +80,7 @@ impl Service {
         self.directory.path().join("socket")
     }
 
-    fn channel(&self) -> tonic::transport::Channel {
+    pub fn channel(&self) -> tonic::transport::Channel {
         connect(&format!("unix:{}", self.path().display()))
     }
 
@@ -200,6 +200,22 @@ fn bytes_come_back() {
     }
     let made = wait(service.probe().make(Number { value: 12_345 })).unwrap();
     assert_eq!(made.data.len(), 12_345);
+}
+
+#[test]
+fn it_tells_what_is_around_it() {
+    let service = probe("name=around");
+    let entries = wait(service.probe().around(Nothing {})).unwrap().entries;
+    let all = |name: &str| -> Vec<_> {
+        let of_name = entries.iter().filter(|entry| entry.name == name);
+        of_name.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()).collect()
+    };
+    // There may be more that the tests themselves were started with.
+    assert_eq!(all("fd")[..4], ["0", "1", "2", "3"]);
+    assert!(all("env").contains(&"PROBE=name=around".into()), "{:?}", all("env"));
+    assert_eq!(all("uid"), [nix::unistd::geteuid().to_string()]);
+    assert_eq!(all("cwd"), [std::env::current_dir().unwrap().display().to_string()]);
+    assert_eq!(all("stdin"), ["Ok(0)"]);
 }
 
 #[test]
