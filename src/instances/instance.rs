@@ -9,6 +9,7 @@ use std::{
 
 use tokio::{
     net::UnixStream,
+    sync::OnceCell,
     time::{Instant, timeout},
 };
 
@@ -18,7 +19,10 @@ use crate::{
         service::{Ended, Service},
         stop::StopSignal,
     },
-    jail::{message::ServiceSocket, plan::Control},
+    jail::{
+        message::{ServiceSocket, Sight},
+        plan::Control,
+    },
     protocol::grpc::{
         connection::{Connection, OpenError},
         reflection::{self, Method},
@@ -38,6 +42,13 @@ const SERVICES_MAX: usize = 64;
 /// How long a process that closed its connection may take to be known as ended.
 const END_WAIT: Duration = Duration::from_millis(250);
 
+/// By how much a service may see the end of a call's time before us.
+const CLOCKS_APART: Duration = Duration::from_millis(50);
+
+/// What a service answers that has seen the end of a call's time by itself: CANCELLED and
+/// DEADLINE_EXCEEDED.
+const GIVEN_UP: [u8; 2] = [1, 4];
+
 /// One process.
 #[derive(Debug)]
 pub(super) struct Instance {
@@ -45,8 +56,8 @@ pub(super) struct Instance {
     /// Where it answered.
     pub(super) socket: ServiceSocket,
     pub(super) ready_at: Instant,
-    pub(super) enforced: Vec<Control>,
-    pub(super) runtime: Option<String>,
+    /// What is in force in it: asked for while the first call is under way.
+    sight: OnceCell<Option<Sight>>,
     connection: tokio::sync::Mutex<Option<Connection>>,
     /// What is known of its services' methods: `None` for those that it doesn't tell of.
     methods: Mutex<HashMap<String, Option<Arc<[Method]>>>>,
@@ -62,22 +73,23 @@ pub(super) enum Exchange {
 }
 
 impl Instance {
-    pub(super) fn new(
-        service: Service,
-        socket: ServiceSocket,
-        connection: Connection,
-        enforced: Vec<Control>,
-        runtime: Option<String>,
-    ) -> Self {
+    pub(super) fn new(service: Service, socket: ServiceSocket, connection: Connection) -> Self {
         Self {
             service,
             socket,
             ready_at: Instant::now(),
-            enforced,
-            runtime,
+            sight: OnceCell::new(),
             connection: tokio::sync::Mutex::new(Some(connection)),
             methods: Mutex::default(),
         }
+    }
+
+    /// What is in force in it, and its OCI runtime; nothing of one that ended before it could
+    /// be looked at.
+    pub(super) async fn in_force(&self) -> (Vec<Control>, Option<String>) {
+        let sight = self.sight.get_or_init(|| self.service.look()).await;
+        let known = sight.as_ref();
+        known.map_or_else(Default::default, |sight| (sight.enforced.clone(), sight.runtime.clone()))
     }
 
     /// Makes a call, to its end or to the moment that it must be over.
@@ -93,7 +105,12 @@ impl Instance {
             () = stop.stopped() => Err(Unanswered::Cancelled),
             () = until(end_by) => Err(Unanswered::TimedOut),
         };
+        // It was told how long the call may take, and its clock may be the faster one.
+        let over = end_by.is_some_and(|end| end <= Instant::now() + CLOCKS_APART);
         match called {
+            Ok(Answered { status, .. }) if over && GIVEN_UP.contains(&status.code) => {
+                Exchange::Unanswered(Unanswered::TimedOut)
+            }
             Ok(answered) => Exchange::Answered(answered),
             Err(why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_))) => {
                 // Its end comes by another way, and may come later.

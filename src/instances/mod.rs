@@ -390,7 +390,7 @@ async fn told(
         Err(_) => Verdict::Refused,
     };
     let (stderr, stderr_truncated) = instance.service.log_since(mark);
-    let mut enforced = instance.enforced.clone();
+    let (mut enforced, runtime) = instance.in_force().await;
     enforced.extend(timed.then_some(Control::Timeout));
     enforced.push(Control::Output);
     let outcome = Outcome {
@@ -400,7 +400,7 @@ async fn told(
         setup: times.setup,
         wall: times.wall,
         enforced,
-        runtime: instance.runtime.clone(),
+        runtime,
         ..blank(verdict)
     };
     Served { outcome, instance: Some(instance.service.run()), warm, answer }

@@ -42,6 +42,8 @@ pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe) {
             Ok(instance) => {
                 let instance = Arc::new(instance);
                 follow(&group, &instance);
+                let looked_at = Arc::clone(&instance);
+                tokio::spawn(async move { looked_at.in_force().await });
                 group.started(instance, shape);
                 shared.review.notify_one();
             }
@@ -88,23 +90,15 @@ async fn start(
         }
         () = sleep_until(begun + within) => Err(Unanswered::StartTimeout(within)),
     };
-    let sight = match &ready {
-        Ok(_) => service.look().await,
-        Err(_) => None,
-    };
-    match (ready, sight) {
-        (Ok((socket, connection)), Some(sight)) => {
+    match ready {
+        Ok((socket, connection)) => {
             info!(
                 instance = %run, namespace = %group.key.namespace, artifact = %group.key.artifact,
                 took = ?begun.elapsed(), "an instance is ready"
             );
-            Ok(Instance::new(service, socket, connection, sight.enforced, sight.runtime))
+            Ok(Instance::new(service, socket, connection))
         }
-        (Ok(_), None) => {
-            let ended = service.ended().await;
-            Err(failed(&service, &ended, Unanswered::EndedAtStart))
-        }
-        (Err(why), _) => {
+        Err(why) => {
             service.stop();
             // What it was granted is another's only when it is gone.
             let gone = timeout(STOP_WAIT, service.ended()).await;

@@ -65,6 +65,7 @@ fn setup(what: &'static str) -> impl FnOnce(io::Error) -> ProcessError {
 pub fn main() -> ExitCode {
     observe::init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers())
         .enable_all()
         .thread_name("serve-worker")
         .max_blocking_threads(BLOCKING_THREADS)
@@ -90,6 +91,12 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Threads that serve. Half of the processors are for what is run; and where there are few, to
+/// wake a thread costs more than it brings.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).max(1))
 }
 
 /// How an orderly end came about.

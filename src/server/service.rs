@@ -87,9 +87,12 @@ impl CollectiveDispatcher for Handler {
         let task = tokio::spawn(async move {
             let (message, summary, record) =
                 answer(&dispatcher, request, sealed, context, record, &executor_id).await;
-            audit::record(&record);
-            metrics.count(&record);
-            drop(ticket);
+            // After the answer, not before; the drain waits for it.
+            tokio::spawn(async move {
+                audit::record(&record);
+                metrics.count(&record);
+                drop(ticket);
+            });
             (message, summary)
         });
         let joined = task.await;

@@ -8,20 +8,18 @@
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
-use hyper::client::conn::http2::{self, SendRequest};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use bytes::Bytes;
+use h2::client::{Builder, SendRequest};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
     sync::oneshot,
-    task::AbortHandle,
+    task::JoinHandle,
 };
-
-use super::unary::Message;
 
 /// Bytes under way on one call and on the connection before we take them: large messages
 /// come at full speed, and no faster than they are read.
@@ -34,7 +32,7 @@ const FRAME_MAX: u32 = 256 << 10;
 /// Bytes of a reply's headers or trailers.
 const HEADERS_MAX: u32 = 16 << 10;
 
-/// Bytes of a message that may wait to be sent.
+/// Bytes of one message that are taken from it at once, to be sent.
 const SEND_BUFFER: usize = 1 << 20;
 
 /// A frame's header, RFC 9113, 4.1: length, type, flags, stream.
@@ -57,12 +55,12 @@ pub enum OpenError {
 /// An answered connection. Calls on it go on side by side; dropping the last clone closes it.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    pub(super) sender: SendRequest<Message>,
-    _task: std::sync::Arc<Task>,
+    pub(super) sender: SendRequest<Bytes>,
+    task: Arc<Task>,
 }
 
 #[derive(Debug)]
-struct Task(AbortHandle);
+struct Task(JoinHandle<()>);
 
 impl Drop for Task {
     fn drop(&mut self) {
@@ -79,13 +77,14 @@ impl Connection {
     pub async fn open(socket: UnixStream) -> Result<Self, OpenError> {
         let (greet, greeted) = oneshot::channel();
         let socket = Listening { socket, first: Vec::new(), greet: Some(greet) };
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .initial_stream_window_size(STREAM_WINDOW)
+        let (sender, connection) = Builder::new()
+            .enable_push(false)
+            .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(FRAME_MAX)
             .max_header_list_size(HEADERS_MAX)
-            .max_send_buf_size(SEND_BUFFER)
-            .handshake(TokioIo::new(socket))
+            .max_send_buffer_size(SEND_BUFFER)
+            .handshake(socket)
             .await
             // It writes only: whatever fails, there is nobody to read.
             .map_err(|_| OpenError::Closed)?;
@@ -93,7 +92,7 @@ impl Connection {
             // Whoever has a call on it learns of it there.
             let _ = connection.await;
         });
-        let connection = Self { sender, _task: std::sync::Arc::new(Task(task.abort_handle())) };
+        let connection = Self { sender, task: Arc::new(Task(task)) };
         match greeted.await {
             Ok(Greeting::Settings) => Ok(connection),
             Ok(Greeting::Foreign(bytes)) => Err(OpenError::Foreign(shown(&bytes))),
@@ -104,7 +103,7 @@ impl Connection {
     /// Whether no call can be made on it any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.sender.is_closed()
+        self.task.0.is_finished()
     }
 }
 
@@ -112,17 +111,6 @@ impl Connection {
 fn shown(bytes: &[u8]) -> String {
     let text: Vec<u8> = bytes.iter().copied().flat_map(std::ascii::escape_default).collect();
     format!("\"{}\"", String::from_utf8_lossy(&text))
-}
-
-/// An error with what caused it.
-pub(super) fn in_full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// What a server began with.
@@ -219,12 +207,10 @@ impl AsyncWrite for Listening {
     }
 }
 
-/// How long a connection that should be answered at once may take: a service that has
-/// answered before, and isn't held up by anything that we know of.
-pub const PROMPT: Duration = Duration::from_secs(1);
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use tokio::io::AsyncWriteExt as _;
 

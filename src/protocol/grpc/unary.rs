@@ -3,21 +3,13 @@
 //! Messages are bytes to us, passed on as they are. Every part of an answer is checked:
 //! whoever answers is somebody's program.
 
-use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
-use http_body::{Body, Frame};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use h2::{Reason, RecvStream, client::ResponseFuture};
+use http::{HeaderMap, HeaderValue, Request, StatusCode};
 
-use super::connection::{Connection, in_full};
+use super::connection::Connection;
 
 /// Before each message: whether it is compressed, and its length.
 const PREFIX: usize = 5;
@@ -109,59 +101,41 @@ impl Connection {
     /// # Errors
     /// [`CallFailure`]
     pub async fn unary(&self, call: &Unary) -> Result<Answer, CallFailure> {
-        let mut sender = self.sender.clone();
-        if let Err(error) = sender.ready().await {
-            return Err(CallFailure::Lost { why: in_full(&error), sent: false });
-        }
-        let response = match sender.try_send_request(request(call)?).await {
-            Ok(response) => response,
-            Err(mut error) => {
-                let sent = error.take_message().is_none();
-                return Err(failure(error.error(), sent));
+        let head = head(call)?;
+        let unsent = |error: h2::Error| CallFailure::Lost { why: error.to_string(), sent: false };
+        // Where it takes no more calls at once, this waits until it does.
+        let mut sender = self.sender.clone().ready().await.map_err(unsent)?;
+        let (response, mut body) = sender.send_request(head, false).map_err(unsent)?;
+        // All of it at once: it is in memory, and goes as the service takes it.
+        let (prefix, message) = framed(&call.message);
+        let sent = match message {
+            None => body.send_data(prefix, true),
+            Some(message) => {
+                body.send_data(prefix, false).and_then(|()| body.send_data(message, true))
             }
         };
+        sent.map_err(|error| failure(&error))?;
         read(response, call.limit).await
     }
 }
 
-/// A message on its way out.
-#[derive(Debug)]
-pub struct Message(VecDeque<Bytes>);
-
-impl Message {
-    fn of(message: &Bytes) -> Self {
-        let mut first = BytesMut::with_capacity(PREFIX + ONE_PIECE.min(message.len()));
-        first.put_u8(0);
-        // Inputs are bounded far below this.
-        first.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
-        if message.len() <= ONE_PIECE {
-            first.extend_from_slice(message);
-            return Self(VecDeque::from([first.freeze()]));
-        }
-        Self(VecDeque::from([first.freeze(), message.clone()]))
+/// A message as it goes out: in one piece, or where it is large its prefix and itself.
+fn framed(message: &Bytes) -> (Bytes, Option<Bytes>) {
+    let mut first = BytesMut::with_capacity(PREFIX + ONE_PIECE.min(message.len()));
+    first.put_u8(0);
+    // Inputs are bounded far below this.
+    first.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    if message.len() <= ONE_PIECE {
+        first.extend_from_slice(message);
+        return (first.freeze(), None);
     }
+    (first.freeze(), Some(message.clone()))
 }
 
-impl Body for Message {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-fn request(call: &Unary) -> Result<Request<Message>, CallFailure> {
+fn head(call: &Unary) -> Result<Request<()>, CallFailure> {
     let path = format!("http://localhost/{}/{}", call.service, call.method);
     let mut request = Request::post(path)
-        .body(Message::of(&call.message))
+        .body(())
         .map_err(|error| CallFailure::Malformed(format!("no path can be made: {error}")))?;
     let headers = request.headers_mut();
     headers.clone_from(&call.metadata);
@@ -185,9 +159,9 @@ fn grpc_timeout(timeout: Duration) -> String {
         .map_or_else(|| format!("{DIGITS_MAX}S"), |(number, unit)| format!("{number}{unit}"))
 }
 
-async fn read(response: Response<Incoming>, limit: u64) -> Result<Answer, CallFailure> {
+async fn read(response: ResponseFuture, limit: u64) -> Result<Answer, CallFailure> {
     let malformed = |what: String| Err(CallFailure::Malformed(what));
-    let (parts, mut body) = response.into_parts();
+    let (parts, mut body) = response.await.map_err(|error| failure(&error))?.into_parts();
     if parts.status != StatusCode::OK {
         return malformed(format!("its HTTP status is {}", parts.status.as_u16()));
     }
@@ -199,17 +173,23 @@ async fn read(response: Response<Incoming>, limit: u64) -> Result<Answer, CallFa
     if parts.headers.contains_key(STATUS) {
         return answer(status(&parts.headers)?, None);
     }
-    let mut message = Incomplete::new(limit);
-    let mut trailers = None;
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| failure(&error, true))?;
-        match frame.into_data() {
-            Ok(data) => message.take(data)?,
-            Err(frame) => trailers = frame.into_trailers().ok(),
-        }
+    let message = message(&mut body, limit).await?;
+    match body.trailers().await.map_err(|error| failure(&error))? {
+        Some(trailers) => answer(status(&trailers)?, message),
+        None => malformed("it has no trailers".to_owned()),
     }
-    let Some(trailers) = trailers else { return malformed("it has no trailers".to_owned()) };
-    answer(status(&trailers)?, message.finish()?)
+}
+
+async fn message(body: &mut RecvStream, limit: u64) -> Result<Option<Bytes>, CallFailure> {
+    let mut message = Incomplete::new(limit);
+    while let Some(data) = body.data().await {
+        let data = data.map_err(|error| failure(&error))?;
+        let length = data.len();
+        message.take(data)?;
+        // What was taken may be followed by as much.
+        body.flow_control().release_capacity(length).map_err(|error| failure(&error))?;
+    }
+    message.finish()
 }
 
 fn answer(status: ServiceStatus, message: Option<Bytes>) -> Result<Answer, CallFailure> {
@@ -309,14 +289,17 @@ fn decoded(message: &[u8]) -> String {
 }
 
 /// What became of a call whose exchange failed.
-fn failure(error: &hyper::Error, sent: bool) -> CallFailure {
-    let why = in_full(error);
-    let reset = std::error::Error::source(error)
-        .and_then(|source| source.downcast_ref::<h2::Error>())
-        .filter(|error| error.is_reset());
-    match reset {
-        Some(error) => CallFailure::Reset(error.to_string()),
-        None => CallFailure::Lost { why, sent },
+fn failure(error: &h2::Error) -> CallFailure {
+    let why = error.to_string();
+    // RFC 9113, 8.7 and 6.8: it has done nothing with the call, and says so; the second is
+    // how a server closes a connection in good order.
+    let refused = error.reason() == Some(Reason::REFUSED_STREAM);
+    let closed = error.is_go_away() && error.is_remote();
+    let closed_well = closed && error.reason() == Some(Reason::NO_ERROR);
+    let sent = !refused && !closed_well;
+    match error.is_reset() && sent {
+        true => CallFailure::Reset(why),
+        false => CallFailure::Lost { why, sent },
     }
 }
 
