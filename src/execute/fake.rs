@@ -9,9 +9,10 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{
             ffi::OsStringExt as _,
+            net::UnixStream,
             process::{CommandExt as _, ExitStatusExt as _},
         },
     },
@@ -24,7 +25,8 @@ use std::{
 use super::launcher::Launcher;
 use crate::{
     jail::message::{
-        End, FromLauncher, FromServer, Launch, MESSAGE_MAX, Oom, Refusal, StopCause, WaitStatus,
+        End, FromLauncher, FromServer, Launch, MESSAGE_MAX, Oom, Refusal, ServiceSocket, Sight,
+        StopCause, WaitStatus,
     },
     names::{Digest, RunId},
     sys,
@@ -46,7 +48,12 @@ pub(crate) enum Behaviour {
     Refuse(Refusal),
     /// Really runs it.
     Run,
+    /// Is a service, and ends only when stopped: gets our end of each connection to it.
+    Serve(Answerer),
 }
+
+/// Who answers on a connection.
+pub(crate) type Answerer = Arc<dyn Fn(UnixStream) + Send + Sync>;
 
 /// The fake's end of the conversation.
 pub(crate) struct FakeLauncher {
@@ -142,6 +149,7 @@ fn serve(
     behave: impl Fn(&Launch) -> Behaviour,
 ) {
     let stops: Arc<Mutex<HashMap<RunId, mpsc::Sender<StopCause>>>> = Arc::default();
+    let mut services = HashMap::new();
     let mut buffer = vec![0; MESSAGE_MAX];
     while let Ok(Some((length, descriptors))) = sys::receive_packet(socket, &mut buffer) {
         match postcard::from_bytes(&buffer[..length]).unwrap() {
@@ -153,6 +161,9 @@ fn serve(
             }
             FromServer::Launch(launch) => {
                 let behaviour = behave(&launch);
+                if let Behaviour::Serve(answerer) = &behaviour {
+                    services.insert(launch.run, Arc::clone(answerer));
+                }
                 let (sender, stop) = mpsc::channel();
                 stops.lock().unwrap().insert(launch.run, sender);
                 let program = Program::receive(&launch, descriptors);
@@ -160,8 +171,30 @@ fn serve(
                 let socket = Arc::clone(socket);
                 thread::spawn(move || perform(&socket, &launch, program, behaviour, &stop));
             }
-            FromServer::Connect { .. } | FromServer::Look { .. } | FromServer::Freeze { .. } => {}
+            FromServer::Connect { run, to } => connect(socket, services.get(&run), run, to),
+            FromServer::Look { run } => {
+                let sight = services.contains_key(&run).then(|| {
+                    let End { enforced, runtime, user, system, memory_peak, pids_peak, .. } =
+                        exited(0);
+                    Box::new(Sight { enforced, runtime, user, system, memory_peak, pids_peak })
+                });
+                tell(socket, &FromLauncher::Seen { run, sight });
+            }
+            FromServer::Freeze { .. } => {}
         }
+    }
+}
+
+fn connect(socket: &OwnedFd, service: Option<&Answerer>, run: RunId, to: ServiceSocket) {
+    let told = |result| FromLauncher::Connected { run, to, result };
+    match service.filter(|_| to == ServiceSocket::Inherited) {
+        Some(answerer) => {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            answerer(ours);
+            let bytes = postcard::to_stdvec(&told(Ok(()))).unwrap();
+            let _ = sys::send_packet(socket, &bytes, &[theirs.as_fd()]);
+        }
+        None => tell(socket, &told(Err(libc::ENOENT))),
     }
 }
 
@@ -193,6 +226,7 @@ fn perform(
             let _ = program.stderr.write_all(&stderr);
             *end
         }
+        Behaviour::Serve(_) => stopped(stop.recv().unwrap_or(StopCause::Cancelled)),
         Behaviour::Wait => {
             let _ = program.stdout.write_all(b"begun");
             let patience = launch.timeout.unwrap_or(Duration::from_secs(60));

@@ -1,1 +1,251 @@
+//! Which instance gets which call, against the fake launcher and a server of frames.
 
+use std::{
+    os::unix::net::UnixStream as StdStream,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use bytes::BytesMut;
+use h2::server::SendResponse;
+use http::{HeaderMap, Request, Response};
+use tokio::net::UnixStream;
+
+use super::*;
+use crate::{
+    admission::Capacity,
+    artifact::elf::sample,
+    call::{Call, Source},
+    dispatch::{CallError, Context, Dispatcher, Reply},
+    execute::{
+        fake::{Answerer, Behaviour, FakeLauncher, exited},
+        launcher::Launcher,
+        stop::StopHandle,
+    },
+    policy::{Policy, Protocol},
+    testing,
+};
+
+/// Answers every call with a message, but those of `Hang`.
+fn answerer(calls: Arc<AtomicU32>) -> Answerer {
+    let runtime = tokio::runtime::Handle::current();
+    Arc::new(move |stream: StdStream| {
+        let calls = Arc::clone(&calls);
+        stream.set_nonblocking(true).unwrap();
+        let _entered = runtime.enter();
+        let stream = UnixStream::from_std(stream).unwrap();
+        runtime.spawn(async move {
+            let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+            while let Some(Ok((request, respond))) = connection.accept().await {
+                tokio::spawn(answer(request, respond, Arc::clone(&calls)));
+            }
+        });
+    })
+}
+
+async fn answer(
+    request: Request<h2::RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    calls: Arc<AtomicU32>,
+) {
+    let path = request.uri().path().to_owned();
+    let head = Response::builder().header("content-type", "application/grpc");
+    if path.contains("ServerReflection") {
+        let none = head.header("grpc-status", "12").body(()).unwrap();
+        let _ = respond.send_response(none, true);
+        return;
+    }
+    calls.fetch_add(1, Ordering::Relaxed);
+    if path.ends_with("/Hang") {
+        // Until it is reset.
+        let _ = std::future::poll_fn(|context| respond.poll_reset(context)).await;
+        return;
+    }
+    let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
+    let message = BytesMut::from(&b"\0\0\0\0\x02hi"[..]).freeze();
+    body.send_data(message, false).unwrap();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", "0".parse().unwrap());
+    body.send_trailers(trailers).unwrap();
+}
+
+struct Bench {
+    dispatcher: Dispatcher,
+    fake: FakeLauncher,
+    calls: Arc<AtomicU32>,
+}
+
+/// A dispatcher of so much memory; namespace `demo` has services, `runs` runs programs.
+fn bench(memory: u64, change: impl FnOnce(&mut Policy)) -> Bench {
+    let calls = Arc::new(AtomicU32::new(0));
+    let answerer = answerer(Arc::clone(&calls));
+    with(memory, change, calls, move |launch| match launch.namespace.as_str() {
+        "demo" => Behaviour::Serve(Arc::clone(&answerer)),
+        _ => Behaviour::Say { stdout: vec![], stderr: vec![], end: exited(0).into() },
+    })
+}
+
+fn with(
+    memory: u64,
+    change: impl FnOnce(&mut Policy),
+    calls: Arc<AtomicU32>,
+    behave: impl Fn(&crate::jail::message::Launch) -> Behaviour + Send + 'static,
+) -> Bench {
+    let mut policy = testing::policy("demo");
+    policy.protocol = Protocol::Grpc;
+    change(&mut policy);
+    let set = testing::policy_set([policy, testing::policy("runs")]);
+    let launcher = Launcher::new();
+    let fake = FakeLauncher::attach(&launcher, set.digest, behave);
+    let admission = Admission::new(Capacity { runs: None, memory });
+    let policies = Arc::new(PolicyStore::new(set));
+    Bench { dispatcher: Dispatcher::new(policies, admission, launcher, 1 << 20), fake, calls }
+}
+
+fn inline() -> Call {
+    Call { source: Source::Inline(sample(None).into()), ..testing::call() }
+}
+
+impl Bench {
+    async fn call(&self, call: Call) -> Reply {
+        let handle = StopHandle::new();
+        let stop = StopSignal::of(&handle);
+        handle.disarm();
+        let run = RunId::random().unwrap();
+        let context = Context { run, deadline: None, stop, sink: None, reservation: None };
+        self.dispatcher.dispatch(Ok(call), context).await
+    }
+
+    /// Whether it was answered by an instance that was there.
+    async fn is_warm(&self, call: Call) -> bool {
+        let reply = self.call(call).await;
+        let finished = reply.result.unwrap();
+        assert_eq!(finished.outcome.verdict, Verdict::Completed, "{:?}", finished.service);
+        assert_eq!(&finished.output.unwrap().value[..], b"\x0a\x02hi");
+        reply.facts.warm
+    }
+}
+
+const PLENTY: u64 = 1 << 40;
+
+#[tokio::test]
+async fn one_instance_takes_many_calls() {
+    let bench = bench(PLENTY, |_| {});
+    assert!(!bench.is_warm(inline()).await);
+    for _ in 0..3 {
+        assert!(bench.is_warm(inline()).await);
+    }
+    assert_eq!(bench.calls.load(Ordering::Relaxed), 4);
+    assert_eq!(bench.dispatcher.instances(), Count { busy: 0, idle: 1 });
+    let launched = bench.fake.launched();
+    assert_eq!((launched.argv, launched.launch.timeout), (vec!["service".to_owned()], None));
+    assert!(launched.stdin.is_empty());
+    assert!(!bench.fake.was_asked(), "there is one");
+}
+
+#[tokio::test]
+async fn who_wants_another_process_gets_one_in_the_place_of_an_idle_one() {
+    let bench = bench(PLENTY, |policy| policy.instances.max = 1);
+    assert!(!bench.is_warm(inline()).await);
+    let first = bench.fake.launched().launch.run;
+    let mut verbose = inline();
+    verbose.args = vec!["-v".into()];
+    assert!(!bench.is_warm(verbose.clone()).await);
+    assert_eq!(bench.fake.stopped().0, first);
+    assert_eq!(bench.fake.launched().argv, ["service", "-v"]);
+    assert!(bench.is_warm(verbose).await);
+}
+
+#[tokio::test]
+async fn a_call_that_runs_over_ends_alone_where_the_service_heeds_it() {
+    let bench = bench(PLENTY, |policy| policy.instances.max = 1);
+    assert!(!bench.is_warm(inline()).await);
+    let mut hang = inline();
+    hang.method = "Hang".parse().unwrap();
+    hang.limits.timeout = Some(Duration::from_millis(30));
+    let outcome = bench.call(hang).await.result.unwrap().outcome;
+    assert_eq!(outcome.verdict, Verdict::TimedOut);
+    // It is looked at first, and found quiet.
+    assert!(bench.is_warm(inline()).await);
+    let _only = bench.fake.launched();
+    assert!(!bench.fake.was_asked());
+}
+
+#[tokio::test]
+async fn what_ends_at_once_is_not_started_for_ever() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let bench = with(
+        PLENTY,
+        |_| {},
+        calls,
+        |_| Behaviour::Say {
+            stdout: vec![],
+            stderr: b"no such thing".to_vec(),
+            end: exited(3).into(),
+        },
+    );
+    let mut crashed = 0;
+    let refused = loop {
+        match bench.call(inline()).await.result {
+            Ok(finished) => {
+                crashed += 1;
+                assert_eq!(finished.outcome.exit_code, 3);
+                assert_eq!(&finished.outcome.stderr[..], b"no such thing");
+                let answer = finished.service.unwrap().answer;
+                assert_eq!(answer.unwrap_err(), Unanswered::EndedAtStart);
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, CallError::Service(NotServed::CrashLoop { .. })), "{refused}");
+    assert!(crashed > 1, "the first is no loop");
+}
+
+#[tokio::test]
+async fn an_idle_one_makes_way_for_who_needs_its_memory() {
+    // Two have 512 MiB each, and there is no room for both.
+    let bench = bench(600 << 20, |_| {});
+    assert!(!bench.is_warm(inline()).await);
+    let service = bench.fake.launched().launch.run;
+    let run = Call { namespace: "runs".parse().unwrap(), ..inline() };
+    let outcome = bench.call(run).await.result.unwrap().outcome;
+    assert_eq!(outcome.verdict, Verdict::Exited);
+    assert_eq!(bench.fake.stopped().0, service);
+    assert!(!bench.is_warm(inline()).await);
+}
+
+#[tokio::test]
+async fn calls_beyond_all_instances_wait_as_long_as_they_may() {
+    let bench = bench(PLENTY, |policy| {
+        policy.instances.max = 1;
+        policy.instances.concurrency = 1;
+        policy.admission.queue_timeout = Limit::At(Duration::from_millis(40));
+    });
+    assert!(!bench.is_warm(inline()).await);
+    let mut hang = inline();
+    hang.method = "Hang".parse().unwrap();
+    hang.limits.timeout = Some(Duration::from_millis(400));
+    let (hung, waited) = tokio::join!(bench.call(hang), async {
+        while bench.calls.load(Ordering::Relaxed) < 2 {
+            tokio::task::yield_now().await;
+        }
+        bench.call(inline()).await.result.unwrap_err()
+    });
+    assert!(
+        matches!(waited, CallError::Admission(AdmissionError::QueueTimeout { .. })),
+        "{waited}"
+    );
+    let hung = hung.result.unwrap();
+    assert_eq!(hung.service.unwrap().answer.unwrap_err(), Unanswered::TimedOut);
+}
+
+#[test]
+fn who_has_what_is_told_by_namespace_policy_and_bytes() {
+    let key = |namespace: &str, policy: &[u8], artifact: &[u8]| Key {
+        namespace: namespace.parse().unwrap(),
+        policy: (TemplateId { policy: "p".into(), variant: 0 }, Digest::of(policy)),
+        artifact: Digest::of(artifact),
+    };
+    let keys = [key("a", b"", b""), key("b", b"", b""), key("a", b"x", b""), key("a", b"", b"x")];
+    let count = keys.iter().map(|key| (key.clone(), ())).collect::<HashMap<_, _>>().len();
+    assert_eq!(count, keys.len());
+}
