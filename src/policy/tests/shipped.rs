@@ -5,7 +5,7 @@ use std::path::Path;
 use super::users;
 use crate::{
     jail::plan::{Mode, Root},
-    policy::compile::load,
+    policy::{Protocol, compile::load},
     units::Limit,
 };
 
@@ -15,12 +15,13 @@ fn they_load_without_faults_or_warnings() {
     let loaded = load(&directory, &users).unwrap();
     assert_eq!(loaded.warnings, []);
     let names: Vec<&str> = loaded.set.policies.keys().map(String::as_str).collect();
-    assert_eq!(names, ["batch", "default", "python", "trusted"]);
+    assert_eq!(names, ["batch", "default", "grpc", "python", "trusted"]);
     let policy = |name: &str| &loaded.set.policies[name].base;
     let empty = super::policy_of("");
     assert_eq!(policy("default").digest, empty.digest, "default.toml says what holds anyway");
     assert_eq!(policy("batch").limits.memory, Limit::At(4 << 30));
     assert_eq!(policy("batch").filesystem.root, Root::Empty);
+    assert_eq!(policy("grpc").protocol, Protocol::Grpc);
     assert_eq!(policy("python").filesystem.root, Root::Host);
     assert_eq!(policy("python").environment["HOME"], "/tmp");
     assert_eq!(policy("trusted").mode, Mode::Direct);
