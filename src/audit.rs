@@ -39,6 +39,10 @@ pub struct Record {
     pub artifact: String,
     /// How it was executed.
     pub mode: String,
+    /// The run that is the service's process, where one was to answer.
+    pub instance: String,
+    /// Whether that was there before the call.
+    pub warm: bool,
     /// How it ended.
     pub verdict: &'static str,
     /// The status code's name.
@@ -80,6 +84,8 @@ pub fn record(record: &Record) {
         policy_digest = %record.policy_digest,
         artifact = %record.artifact,
         mode = %record.mode,
+        instance = %record.instance,
+        warm = record.warm,
         verdict = record.verdict,
         code = record.code,
         reason = record.reason,

@@ -5,6 +5,8 @@
 mod error;
 pub mod rules;
 #[cfg(test)]
+mod service_tests;
+#[cfg(test)]
 mod tests;
 
 pub use error::CallError;

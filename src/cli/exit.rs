@@ -28,9 +28,15 @@ const SYSCALL_DENIED: u8 = 159;
 const CANCELLED: u8 = 130;
 
 /// The exit code of `run` and `call` for a reply.
-fn code(report: &ExecutionReport) -> u8 {
+fn code(report: &ExecutionReport, status: &Status) -> u8 {
     match report.verdict() {
-        Verdict::Exited | Verdict::Completed => u8::try_from(report.exit_code).unwrap_or(REFUSED),
+        // A service's no is no success; neither is one that ended, however well.
+        Verdict::Completed if status.code() != status::Code::Ok => REFUSED,
+        Verdict::Completed => 0,
+        Verdict::Exited if report.exit_code == 0 && status.code() == status::Code::Unavailable => {
+            REFUSED
+        }
+        Verdict::Exited => u8::try_from(report.exit_code).unwrap_or(REFUSED),
         Verdict::Signalled => u8::try_from(128 + report.signal).unwrap_or(REFUSED),
         Verdict::TimedOut => TIMED_OUT,
         Verdict::OutOfMemory | Verdict::CpuTimeExceeded | Verdict::OutputExceeded => OVER_A_LIMIT,
@@ -44,7 +50,7 @@ fn code(report: &ExecutionReport) -> u8 {
 /// explain. `unfinished`: the program's last line on standard error has no end.
 #[must_use]
 pub fn finish(report: &ExecutionReport, status: &Status, unfinished: bool) -> ExitCode {
-    let code = code(report);
+    let code = code(report, status);
     // An output that isn't what was asked for leaves the program's 0 as it is.
     if code != 0 || status.code() != status::Code::Ok {
         let end = if unfinished { "\n" } else { "" };
@@ -108,7 +114,22 @@ mod tests {
             (Verdict::Failed, 0, 0, 125),
             (Verdict::Unspecified, 0, 0, 125),
         ] {
-            assert_eq!(code(&report(verdict, exit, signal)), expected, "{verdict:?}");
+            let status = Status::default();
+            assert_eq!(code(&report(verdict, exit, signal), &status), expected, "{verdict:?}");
+        }
+    }
+
+    #[test]
+    fn a_services_no_is_no_success() {
+        for (verdict, status, expected) in [
+            (Verdict::Completed, status::Code::Ok, 0),
+            (Verdict::Completed, status::Code::NotFound, 125),
+            (Verdict::Exited, status::Code::Unavailable, 125),
+            // An output that isn't what was asked for leaves the program's 0 as it is.
+            (Verdict::Exited, status::Code::DataLoss, 0),
+        ] {
+            let status = Status { code: status.into(), ..Status::default() };
+            assert_eq!(code(&report(verdict, 0, 0), &status), expected, "{verdict:?} {status:?}");
         }
     }
 

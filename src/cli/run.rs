@@ -12,7 +12,7 @@ use prost_types::Any;
 use tokio::sync::mpsc;
 
 use super::{
-    call::read_input,
+    call::{output_bytes, read_input},
     exit::{self, BAD_CONFIGURATION, USAGE},
     json,
     launched::{Signals, with_launcher},
@@ -31,7 +31,7 @@ use crate::{
         store::PolicyStore,
     },
     server::convert,
-    wire::{ServeRequest, ServeResponse, ServiceTypeRef, serve_request::ServiceDef},
+    wire::{ServeRequest, ServeResponse, ServiceTypeRef, Verdict, serve_request::ServiceDef},
 };
 
 /// Pieces of output that may wait for a slow terminal; the program waits then.
@@ -228,9 +228,16 @@ async fn cancel_on_signal(mut signals: Signals, stop: StopHandle) {
 }
 
 fn show(args: &RunArgs, response: &ServeResponse, unfinished: bool) -> ExitCode {
+    let report = response.report.clone().unwrap_or_default();
+    let mut unfinished = unfinished;
     if args.json {
         writeln!(io::stdout(), "{:#}", json::report(response)).ok();
+    } else if report.verdict() == Verdict::Completed {
+        // What a service says isn't seen before it answers.
+        io::stdout().write_all(&output_bytes(response.output.as_ref())).ok();
+        io::stderr().write_all(&report.stderr).ok();
+        unfinished = exit::is_unfinished(&report.stderr);
     }
-    let report = response.report.clone().unwrap_or_default();
+    io::stdout().flush().ok();
     exit::finish(&report, &response.status.clone().unwrap_or_default(), unfinished)
 }

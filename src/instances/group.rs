@@ -14,7 +14,11 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    Ask, Count, Key, NotServed, Recipe, Served, Shape, Shared, instance::Instance, review, start,
+    Ask, Count, Key, NotServed, Recipe, Served, Shape, Shared,
+    instance::Instance,
+    lease::{How, Lease},
+    review,
+    start::{self, Start},
 };
 use crate::{
     admission::AdmissionError,
@@ -203,14 +207,10 @@ impl Group {
             member.served += 1;
             if std::mem::take(&mut member.frozen) {
                 member.instance.service.freeze(false);
+                // It is to be frozen again, which nobody has planned for.
+                shared.review.notify_one();
             }
-            let (group, instance) = (Arc::clone(self), Arc::clone(&member.instance));
-            return Ok(Found::Lease(Lease {
-                group,
-                shared: Arc::clone(shared),
-                instance,
-                how: How::Cancelled,
-            }));
+            return Ok(Found::Lease(Lease::new(self, shared, &member.instance)));
         }
         // Failures of before it came are not its.
         let known = *known.get_or_insert(state.failed);
@@ -242,7 +242,7 @@ impl Group {
         if state.members.len() + state.starting.len() < self.rules.max as usize {
             state.starting.push(shape.clone());
             state.recipe = Some(recipe.clone());
-            start::begin(shared, self, recipe.clone());
+            start::begin(shared, self, recipe.clone(), Start::Called);
             return Ok(Found::Starting);
         }
         // An idle one of another shape makes room.
@@ -311,7 +311,12 @@ impl Group {
     }
 
     /// A call let go of its instance.
-    fn release(self: &Arc<Self>, shared: &Arc<Shared>, instance: &Arc<Instance>, how: How) {
+    pub(super) fn release(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        instance: &Arc<Instance>,
+        how: How,
+    ) {
         let mut state = self.state();
         let superseded = state.superseded;
         let Some(index) = state.position(instance) else { return };
@@ -319,9 +324,8 @@ impl Group {
         member.calls -= 1;
         member.idle_since = Instant::now();
         match how {
-            How::Done => {
-                member.overruns = 0;
-            }
+            How::Answered => member.overruns = 0,
+            How::Done => {}
             How::Overrun => {
                 member.abandoned += 1;
                 member.overruns += 1;
@@ -334,14 +338,13 @@ impl Group {
         }
         let idle = member.calls == 0;
         let retired = member.standing == Standing::Retired;
-        let answered_well = how == How::Done;
         if idle && retired {
             member.instance.service.stop();
         } else if idle && member.abandoned > 0 && member.standing == Standing::Ready {
             member.standing = Standing::Examined;
             review::examine(shared, self, instance);
         }
-        if answered_well {
+        if how == How::Answered {
             state.failures = 0;
         }
         let wake = !state.waiting.is_empty();
@@ -381,7 +384,7 @@ impl Group {
             state.retire_idle();
             return None;
         }
-        let wanted = if self.pinned { self.rules.min as usize } else { 0 };
+        let wanted = self.wanted();
         let mut spare = state.count_ready().saturating_sub(wanted);
         let mut next: Option<Instant> = None;
         let mut due = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
@@ -411,22 +414,34 @@ impl Group {
             }
         }
         let lacking = wanted.saturating_sub(state.count_ready() + state.starting.len());
-        if let (true, Some(recipe)) = (lacking > 0, state.recipe.clone()) {
+        if let (true, Some(recipe)) = (lacking > 0, &mut state.recipe) {
+            // The policy is the same; the set that it is of may be another by now.
+            recipe.policy_set = shared.policies.current().digest;
+            let recipe = recipe.clone();
             match state.not_before.filter(|at| *at > now) {
                 Some(at) => due(at),
                 None => {
                     state.starting.push(recipe.shape.clone());
-                    start::begin(shared, self, recipe);
+                    start::begin(shared, self, recipe, Start::Kept);
                 }
             }
+            due(now + review::LACKING_AGAIN);
         }
         next
     }
 
-    /// Since when its longest idle instance is, if nobody waits for one.
-    pub(super) fn idle_since(&self) -> Option<Instant> {
+    /// Since when its longest idle instance is, if nobody waits for one; and whether it is one
+    /// of those that are kept.
+    pub(super) fn idle_since(&self) -> Option<(bool, Instant)> {
         let state = self.state();
-        state.idle().map(|member| member.idle_since).min().filter(|_| state.waiting.is_empty())
+        let since = state.idle().map(|member| member.idle_since).min();
+        let kept = state.count_ready() <= self.wanted();
+        since.filter(|_| state.waiting.is_empty()).map(|since| (kept, since))
+    }
+
+    /// How many are kept whether or not there are calls.
+    fn wanted(&self) -> usize {
+        if self.pinned { self.rules.min as usize } else { 0 }
     }
 
     /// Ends that one: others need its memory more.
@@ -455,6 +470,7 @@ impl Group {
         let busy = state.members.iter().filter(|member| member.calls > 0).count();
         count.busy += busy;
         count.idle += state.members.len() - busy;
+        count.starting += state.starting.len();
     }
 }
 
@@ -508,7 +524,7 @@ impl State {
 }
 
 impl NoLease {
-    fn in_short(&self) -> String {
+    pub(super) fn in_short(&self) -> String {
         match self {
             Self::NotServed(error) => error.to_string(),
             Self::Failed(failed) => failed.in_short(),
@@ -537,51 +553,6 @@ impl Drop for Place {
         if let Some(index) = state.waiting.iter().position(|other| *other == self.shape) {
             state.waiting.swap_remove(index);
         }
-    }
-}
-
-/// How a call let go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
-    /// It is over for both sides.
-    Done,
-    /// It is over for us: its time was.
-    Overrun,
-    /// It is over for us: nobody waited for it any more.
-    Cancelled,
-}
-
-/// One call's share of an instance. Dropping it cancels the call.
-#[derive(Debug)]
-pub(super) struct Lease {
-    group: Arc<Group>,
-    shared: Arc<Shared>,
-    instance: Arc<Instance>,
-    how: How,
-}
-
-impl Lease {
-    pub(super) fn instance(&self) -> &Arc<Instance> {
-        &self.instance
-    }
-
-    /// The call is over, for the service too.
-    pub(super) fn done(mut self) {
-        self.how = How::Done;
-    }
-
-    /// The call's time was over: whether it is over for the service is to be seen.
-    pub(super) fn overrun(mut self) {
-        self.how = How::Overrun;
-    }
-
-    /// Nobody waited for the call any more. The same.
-    pub(super) fn cancelled(self) {}
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.group.release(&self.shared, &self.instance, self.how);
     }
 }
 

@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `group` | the instances of one artifact, under one policy, of one namespace |
+//! | `lease` | a call's share of an instance |
 //! | `start` | from a launch to an instance that has answered |
 //! | `instance` | one process, the connection with it, a call on it |
 //! | `review` | what ends without a call: idle, superseded, in the way |
@@ -13,10 +14,9 @@
 
 mod group;
 mod instance;
+mod lease;
 mod review;
 mod start;
-#[cfg(test)]
-mod tests;
 
 use std::{
     collections::HashMap,
@@ -32,8 +32,9 @@ use bytes::Bytes;
 use tokio::{sync::Notify, time::Instant};
 
 use self::{
-    group::{Group, Lease, NoLease},
+    group::{Group, NoLease},
     instance::Exchange,
+    lease::Lease,
 };
 use crate::{
     admission::{Admission, AdmissionError},
@@ -50,7 +51,7 @@ const GROUPS_MAX: usize = 4096;
 /// Instances of all groups together.
 const INSTANCES_MAX: usize = 1024;
 /// Bytes of an answer where the policy's limit is "unlimited" or higher.
-const ANSWER_MAX: u64 = 256 << 20;
+pub const ANSWER_MAX: u64 = 256 << 20;
 
 /// All services, over all namespaces.
 #[derive(Clone, Debug)]
@@ -254,6 +255,8 @@ pub struct Count {
     pub busy: usize,
     /// Without one.
     pub idle: usize,
+    /// Not ready yet.
+    pub starting: usize,
 }
 
 impl Instances {
@@ -287,7 +290,6 @@ impl Instances {
     /// [`NotServed`]
     pub async fn serve(&self, ask: Ask) -> Result<Served, NotServed> {
         let begun = Instant::now();
-        let started = SystemTime::now();
         let group = self.group(&ask)?;
         let Ask { recipe, mut call, timeout, deadline, mut stop, output_limit, .. } = ask;
         let lease = match group.acquire(&self.shared, &recipe, deadline, &mut stop).await {
@@ -302,9 +304,13 @@ impl Instances {
         let end_by = [own, deadline].into_iter().flatten().min();
         call.timeout = end_by.map(|end| end.saturating_duration_since(now));
         call.limit = output_limit.finite().unwrap_or(ANSWER_MAX).min(ANSWER_MAX);
+        let started = SystemTime::now();
         let mark = lease.instance().service.logged();
         let exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
-        let wall = now.elapsed();
+        // Where our clock and the service's were apart.
+        let over = matches!(exchange, Exchange::Unanswered(Unanswered::TimedOut)) && end_by == own;
+        let least = call.timeout.filter(|_| over).unwrap_or_default();
+        let wall = now.elapsed().max(least);
         let times = Times { started, setup, wall };
         Ok(told(lease, exchange, times, mark, warm, call.timeout.is_some()).await)
     }
@@ -357,7 +363,7 @@ async fn told(
     let instance = Arc::clone(lease.instance());
     let answer = match exchange {
         Exchange::Answered(answered) => {
-            lease.done();
+            lease.answered();
             Ok(answered)
         }
         Exchange::Unanswered(why) => {
@@ -372,8 +378,8 @@ async fn told(
             lease.done();
             let outcome = match &ended.0 {
                 // With all that is known of it, and all that is kept of its log.
-                Ok(outcome) => outcome.clone(),
-                Err(_) => blank(Verdict::Failed),
+                Ok(outcome) => shared_out(outcome),
+                Err(_) => blank(Verdict::Failed, &times),
             };
             let Times { started, setup, wall } = times;
             let outcome = Outcome { started, setup, wall, ..outcome };
@@ -393,21 +399,17 @@ async fn told(
     let (mut enforced, runtime) = instance.in_force().await;
     enforced.extend(timed.then_some(Control::Timeout));
     enforced.push(Control::Output);
-    let outcome = Outcome {
-        stderr,
-        stderr_truncated,
-        started: times.started,
-        setup: times.setup,
-        wall: times.wall,
-        enforced,
-        runtime,
-        ..blank(verdict)
-    };
+    let outcome = Outcome { stderr, stderr_truncated, enforced, runtime, ..blank(verdict, &times) };
     Served { outcome, instance: Some(instance.service.run()), warm, answer }
 }
 
-/// An outcome of which only the verdict is known.
-fn blank(verdict: Verdict) -> Outcome {
+/// How a process ended, to each of the calls that it had: its processor time is none's alone.
+fn shared_out(outcome: &Outcome) -> Outcome {
+    Outcome { user: Duration::ZERO, system: Duration::ZERO, ..outcome.clone() }
+}
+
+/// An outcome of which only the verdict and the times are known.
+fn blank(verdict: Verdict, times: &Times) -> Outcome {
     Outcome {
         verdict,
         exit_code: 0,
@@ -416,9 +418,9 @@ fn blank(verdict: Verdict) -> Outcome {
         stdout_truncated: false,
         stderr: Bytes::new(),
         stderr_truncated: false,
-        started: SystemTime::UNIX_EPOCH,
-        setup: Duration::ZERO,
-        wall: Duration::ZERO,
+        started: times.started,
+        setup: times.setup,
+        wall: times.wall,
         user: Duration::ZERO,
         system: Duration::ZERO,
         memory_peak: 0,

@@ -10,6 +10,9 @@ use crate::{execute::service::Service, policy::PolicySet};
 /// How long an instance is idle before it may use no more processor time.
 pub(super) const FREEZE_AFTER: Duration = Duration::from_secs(2);
 
+/// When it is tried again to start one that is to be kept and can't be.
+pub(super) const LACKING_AGAIN: Duration = Duration::from_secs(5);
+
 /// How long one that was stopped may take until its memory is free.
 const GONE_WAIT: Duration = Duration::from_secs(5);
 
@@ -78,7 +81,8 @@ pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
         .all_groups()
         .into_iter()
         .filter_map(|group| Some((group.idle_since()?, group)))
-        .min_by_key(|(since, _)| *since);
+        // Those that are to be kept come last.
+        .min_by_key(|(idle, _)| *idle);
     let Some(instance) = longest.and_then(|(_, group)| group.evict()) else { return false };
     timeout(GONE_WAIT, instance.service.ended()).await.is_ok()
 }

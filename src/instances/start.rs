@@ -1,15 +1,19 @@
 //! Starting an instance: memory, a process, and the first that answers.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
 use super::{
-    INSTANCES_MAX, Instances, NotServed, Recipe, Served, Shared, Unanswered, blank,
+    INSTANCES_MAX, Instances, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
     group::{Group, NoLease},
     instance::{Instance, NoConnection, open},
-    review,
+    review, shared_out,
 };
 use crate::{
     admission::{AdmissionError, Share},
@@ -33,28 +37,44 @@ const STOP_WAIT: Duration = Duration::from_secs(5);
 /// When to come again where there is no room for another.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// What one is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// A call waits for it.
+    Called,
+    /// It is to be kept, and nobody waits: nothing makes room for it.
+    Kept,
+}
+
 /// Starts one, for whoever waits by the time that it is ready.
-pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe) {
+pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe, why: Start) {
     let (shared, group) = (Arc::clone(shared), Arc::clone(group));
     tokio::spawn(async move {
         let shape = recipe.shape.clone();
-        match start(&shared, &group, &recipe).await {
+        match start(&shared, &group, &recipe, why).await {
             Ok(instance) => {
                 let instance = Arc::new(instance);
-                follow(&group, &instance);
+                follow(&shared, &group, &instance);
                 let looked_at = Arc::clone(&instance);
                 tokio::spawn(async move { looked_at.in_force().await });
                 group.started(instance, shape);
                 shared.review.notify_one();
             }
-            Err(what) => group.not_started(what, shape),
+            Err(what) => {
+                info!(
+                    namespace = %group.key.namespace, artifact = %group.key.artifact,
+                    why = %what.in_short(), "no instance could be started"
+                );
+                group.not_started(what, shape);
+            }
         }
     });
 }
 
 /// Tells the group of the instance's end.
-fn follow(group: &Arc<Group>, instance: &Arc<Instance>) {
+fn follow(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<Instance>) {
     let (group, instance) = (Arc::clone(group), Arc::clone(instance));
+    let review = Arc::clone(&shared.review);
     tokio::spawn(async move {
         let ended = instance.service.ended().await;
         let lived = instance.ready_at.elapsed();
@@ -63,6 +83,7 @@ fn follow(group: &Arc<Group>, instance: &Arc<Instance>) {
             how = %in_words(&ended), "an instance ended"
         );
         group.ended(&instance, || failed(&instance.service, &ended, Unanswered::Ended));
+        review.notify_one();
     });
 }
 
@@ -70,9 +91,10 @@ async fn start(
     shared: &Arc<Shared>,
     group: &Arc<Group>,
     recipe: &Recipe,
+    why: Start,
 ) -> Result<Instance, NoLease> {
-    let begun = Instant::now();
-    let share = memory(shared, recipe).await.map_err(NotServed::from)?;
+    let share = memory(shared, recipe, why).await.map_err(NotServed::from)?;
+    let (begun, started) = (Instant::now(), SystemTime::now());
     let run = RunId::random().map_err(|error| {
         let error = error.to_string();
         NotServed::from(ExecuteError::Internal { what: "making an id", error })
@@ -105,23 +127,31 @@ async fn start(
             if gone.is_err() {
                 warn!(instance = %run, "an instance that was stopped is not gone yet");
             }
-            Err(unready(&service, why))
+            let times = Times { started, setup: begun.elapsed(), wall: Duration::ZERO };
+            Err(unready(&service, times, why))
         }
     }
 }
 
 /// Its memory; idle instances make room for it.
-async fn memory(shared: &Arc<Shared>, recipe: &Recipe) -> Result<Share, AdmissionError> {
+async fn memory(
+    shared: &Arc<Shared>,
+    recipe: &Recipe,
+    why: Start,
+) -> Result<Share, AdmissionError> {
     let begun = Instant::now();
     let patience = recipe.patience.finite();
     loop {
         let released = shared.admission.released();
         let room = {
             let count = Instances { shared: Arc::clone(shared) }.count();
-            count.busy + count.idle < INSTANCES_MAX
+            count.busy + count.idle + count.starting <= INSTANCES_MAX
         };
         if room && let Some(share) = shared.admission.share(recipe.memory)? {
             return Ok(share);
+        }
+        if why == Start::Kept {
+            return Err(AdmissionError::QueueFull { waiting: 0, retry_after: RETRY_AFTER });
         }
         if review::evict(shared).await {
             continue;
@@ -180,7 +210,7 @@ fn failed(service: &Service, ended: &Ended, why: Unanswered) -> NoLease {
     match &ended.0 {
         Err(error) => NotServed::from(error.clone()).into(),
         Ok(outcome) => NoLease::Failed(Box::new(Served {
-            outcome: outcome.clone(),
+            outcome: shared_out(outcome),
             instance: Some(service.run()),
             warm: false,
             answer: Err(why),
@@ -189,14 +219,14 @@ fn failed(service: &Service, ended: &Ended, why: Unanswered) -> NoLease {
 }
 
 /// One that was there, and of no use.
-fn unready(service: &Service, why: Unanswered) -> NoLease {
+fn unready(service: &Service, times: Times, why: Unanswered) -> NoLease {
     let verdict = match why {
         Unanswered::StartTimeout(_) => Verdict::TimedOut,
         _ => Verdict::Refused,
     };
     let (stderr, stderr_truncated) = service.log_since(0);
     NoLease::Failed(Box::new(Served {
-        outcome: Outcome { stderr, stderr_truncated, ..blank(verdict) },
+        outcome: Outcome { stderr, stderr_truncated, ..blank(verdict, &times) },
         instance: Some(service.run()),
         warm: false,
         answer: Err(why),

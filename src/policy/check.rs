@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     jail::{
+        message::LISTEN_VARIABLES,
         plan::{CONTAINER_MEMORY_MIN, Mode, Network, Root},
         root,
         seccomp::deadly,
@@ -257,9 +258,18 @@ fn grpc(holds: &Resolved, warnings: &mut Vec<Fault>) {
         return;
     }
     let cpu_time = &holds.limits.cpu_time.place;
-    if cpu_time.is_written() {
+    // What comes from a policy that this one extends was meant for programs.
+    let beside = cpu_time.file().is_some_and(|file| holds.call.protocol.place.file() == Some(file));
+    if beside && holds.limits.cpu_time.value.finite().is_some() {
         let message = "limits.cpu_time doesn't apply with protocol \"grpc\": an instance lives on";
         warnings.push(Fault::new(cpu_time, message, "limit each call by timeout, and cpus"));
+    }
+    for (name, at) in &holds.environment.set.value {
+        if LISTEN_VARIABLES.contains(&name.as_str()) {
+            let message =
+                format!("environment.set has {name}, which a service is told by its start");
+            warnings.push(Fault::new(&at.place, message, "leave it out; it has no effect"));
+        }
     }
     let min = &holds.instances.min;
     if min.value > 0 && holds.artifacts.digests.value.values().is_empty() {

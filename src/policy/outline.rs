@@ -13,15 +13,20 @@ use crate::{
 #[must_use]
 pub fn steps(policy: &Policy) -> Vec<String> {
     let mut steps = vec![admission(policy), artifact(policy)];
-    if policy.protocol == Protocol::Grpc {
-        steps.push("the call is refused as UNIMPLEMENTED: this isn't built yet".to_owned());
-        return steps;
+    let service = policy.protocol == Protocol::Grpc;
+    if service {
+        steps.push(instances(policy));
     }
     steps.push(cgroup(policy));
     match policy.mode {
         Mode::Direct => direct(policy, &mut steps),
         Mode::Container => container(policy, &mut steps),
         Mode::Jail => jail(policy, &mut steps),
+    }
+    if service {
+        steps.push(listen(policy));
+        steps.push(call(policy));
+        return steps;
     }
     steps.push(run(policy));
     steps.push(watch(policy));
@@ -201,6 +206,45 @@ fn best_effort(controls: &[Control]) -> String {
     }
     let words: Vec<&str> = controls.iter().map(|control| control.word()).collect();
     format!("every control but {} must be in force, or the call is refused", words.join(", "))
+}
+
+/// Before what an instance is made of, which comes next.
+fn instances(policy: &Policy) -> String {
+    let instances = &policy.instances;
+    let kept = match (instances.min, policy.artifacts.digests.is_empty()) {
+        (0, _) | (_, true) => String::new(),
+        (min, false) => format!(", {min} of each listed executable kept"),
+    };
+    format!(
+        "instance: one that is there and has room, or a new one, as follows; at most {} for each \
+         executable, with {} calls each at once, {} in all; gone after {} without a call{kept}",
+        instances.max,
+        instances.concurrency,
+        count(&instances.max_requests),
+        Span(instances.idle_timeout)
+    )
+}
+
+fn listen(policy: &Policy) -> String {
+    let names: Vec<&str> = policy.environment.keys().map(String::as_str).collect();
+    format!(
+        "start: it inherits a listening socket as descriptor 3, or listens at $GRPC_UNIX_SOCKET, and \
+         has to answer within {}; environment {}",
+        Span(policy.instances.start_timeout),
+        [&names[..], &["DISPATCHER_NAMESPACE", "LISTEN_*"]].concat().join(", ")
+    )
+}
+
+fn call(policy: &Policy) -> String {
+    let limits = &policy.limits;
+    format!(
+        "call: the input, at most {}, to /SERVICE/METHOD; given up after {}, or {} of answer; \
+         reply: the service's status and message, and of stderr what came meanwhile, the last {}",
+        size(&limits.input),
+        span(&limits.timeout),
+        size(&limits.output),
+        size(&limits.stderr)
+    )
 }
 
 fn run(policy: &Policy) -> String {

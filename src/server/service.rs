@@ -168,6 +168,9 @@ async fn answer(
     let reply = dispatcher.dispatch(call, context).await;
     if let Ok(finished) = &reply.result {
         measured(&mut record, &finished.outcome);
+        let instance = finished.service.as_ref().and_then(|service| service.instance);
+        record.instance = instance.map(|run| run.to_string()).unwrap_or_default();
+        record.warm = reply.facts.warm;
     }
     let (message, summary) = convert::response(reply, executor_id);
     if let Some(report) = &message.report {

@@ -294,7 +294,7 @@ fn show(args: &CallArgs, response: &ServeResponse) -> ExitCode {
 }
 
 /// What the program wrote, taken out of the wrapping that the output format gave it.
-fn output_bytes(output: Option<&Any>) -> Vec<u8> {
+pub(super) fn output_bytes(output: Option<&Any>) -> Vec<u8> {
     let Some(any) = output else { return Vec::new() };
     let name = any.type_url.rsplit('/').next().unwrap_or_default();
     let unwrapped = match name {

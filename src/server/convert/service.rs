@@ -6,7 +6,7 @@ use super::status::{Summary, signal_name, timed_out};
 use crate::{
     dispatch::{ByService, rules::Terms},
     execute::{Outcome, Verdict},
-    instances::Unanswered,
+    instances::{ANSWER_MAX, Unanswered},
     protocol::grpc::unary::ServiceStatus,
     units::{Limit, Size, Span},
     wire::status::Code,
@@ -76,16 +76,16 @@ fn code(number: u8) -> Code {
 fn unanswered(why: &Unanswered, outcome: &Outcome, terms: Option<&Terms>) -> Summary {
     let summary = |code, reason, text: String| Summary::new(code, outcome.verdict, reason, text);
     match why {
-        Unanswered::TimedOut => timed_out(outcome, terms),
+        Unanswered::TimedOut => timed_out("service took", outcome, terms),
         Unanswered::Cancelled => {
             let text = "the call was cancelled while the service had it".to_owned();
             summary(Code::Cancelled, "cancelled", text)
         }
         Unanswered::TooLarge => {
-            let limit = terms.and_then(|terms| terms.output_size.finite());
+            let limit = terms.and_then(|terms| terms.output_size.finite()).unwrap_or(ANSWER_MAX);
             let text = "the service's answer is larger than it may be".to_owned();
             summary(Code::ResourceExhausted, "output", text)
-                .over("output", limit.map(|limit| Size(limit).to_string()))
+                .over("output", Some(Size(limit.min(ANSWER_MAX)).to_string()))
         }
         Unanswered::Streaming { called } => {
             let told = if *called { "answered with" } else { "is a method with" };
@@ -138,7 +138,8 @@ fn ended(outcome: &Outcome, terms: Option<&Terms>, when: &str) -> Summary {
         },
         _ => ("instance_stopped", "was stopped".to_owned()),
     };
-    let code = if reason == "internal" { Code::Internal } else { Code::Unavailable };
+    let ours = matches!(reason, "internal" | "host_memory");
+    let code = if ours { Code::Internal } else { Code::Unavailable };
     let text = format!("the service's process {how} {when}");
     let mut summary = Summary::new(code, outcome.verdict, reason, text);
     if outcome.verdict == Verdict::Exited {

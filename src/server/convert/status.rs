@@ -132,7 +132,7 @@ pub(super) fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
             let text = format!("the program was ended by {}", signal_name(outcome.signal));
             summary(Code::Unknown, "signalled", text).with("signal", outcome.signal)
         }
-        Verdict::TimedOut => with_status(timed_out(outcome, terms)),
+        Verdict::TimedOut => with_status(timed_out("program ran", outcome, terms)),
         Verdict::CpuTimeExceeded => {
             let limit =
                 terms.and_then(|terms| terms.cpu_time.finite()).map(|l| Span(l).to_string());
@@ -174,11 +174,11 @@ pub(super) fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
     }
 }
 
-pub(super) fn timed_out(outcome: &Outcome, terms: Option<&Terms>) -> Summary {
+pub(super) fn timed_out(who: &str, outcome: &Outcome, terms: Option<&Terms>) -> Summary {
     let limit = terms.and_then(|terms| terms.timeout.finite());
     let by_deadline = limit.is_none_or(|limit| outcome.wall + Duration::from_millis(10) < limit);
     let text = match limit {
-        Some(limit) if !by_deadline => format!("the program ran longer than {}", Span(limit)),
+        Some(limit) if !by_deadline => format!("the {who} longer than {}", Span(limit)),
         _ => format!("the call's deadline came after {:.3} s", outcome.wall.as_secs_f64()),
     };
     let summary = Summary::new(Code::DeadlineExceeded, Verdict::TimedOut, "timeout", text);

@@ -5,23 +5,23 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use h2::server::SendResponse;
 use http::{HeaderMap, Request, Response};
 use tokio::net::UnixStream;
 
 use super::*;
 use crate::{
-    admission::Capacity,
+    admission::{AdmissionError, Capacity},
     artifact::elf::sample,
-    call::{Call, Source},
-    dispatch::{CallError, Context, Dispatcher, Reply},
     execute::{
+        Verdict,
         fake::{Answerer, Behaviour, FakeLauncher, exited},
         launcher::Launcher,
         stop::StopHandle,
     },
-    policy::{Policy, Protocol},
+    instances::NotServed,
+    jail::plan::TemplateId,
     testing,
 };
 
@@ -135,7 +135,7 @@ async fn one_instance_takes_many_calls() {
         assert!(bench.is_warm(inline()).await);
     }
     assert_eq!(bench.calls.load(Ordering::Relaxed), 4);
-    assert_eq!(bench.dispatcher.instances(), Count { busy: 0, idle: 1 });
+    assert_eq!(bench.dispatcher.instances(), instances::Count { busy: 0, idle: 1, starting: 0 });
     let launched = bench.fake.launched();
     assert_eq!((launched.argv, launched.launch.timeout), (vec!["service".to_owned()], None));
     assert!(launched.stdin.is_empty());
@@ -246,6 +246,7 @@ fn who_has_what_is_told_by_namespace_policy_and_bytes() {
         artifact: Digest::of(artifact),
     };
     let keys = [key("a", b"", b""), key("b", b"", b""), key("a", b"x", b""), key("a", b"", b"x")];
-    let count = keys.iter().map(|key| (key.clone(), ())).collect::<HashMap<_, _>>().len();
+    let count =
+        keys.iter().map(|key| (key.clone(), ())).collect::<std::collections::HashMap<_, _>>().len();
     assert_eq!(count, keys.len());
 }
