@@ -214,6 +214,29 @@ async fn an_idle_one_makes_way_for_who_needs_its_memory() {
 }
 
 #[tokio::test]
+async fn those_that_are_kept_put_nobody_out() {
+    let other = || [sample(None), vec![0]].concat();
+    let digests = [Digest::of(&sample(None)), Digest::of(&other())];
+    // There is room for one of the two.
+    let bench = bench(600 << 20, |policy| {
+        policy.instances.min = 1;
+        policy.artifacts.digests = digests.to_vec();
+    });
+    assert!(!bench.is_warm(inline()).await);
+    let first = bench.fake.launched().launch.run;
+    let call = || Call { source: Source::Inline(other().into()), ..testing::call() };
+    assert!(!bench.is_warm(call()).await, "for a call the other one goes");
+    assert_eq!(bench.fake.stopped().0, first);
+    for _ in 0..50 {
+        assert!(bench.is_warm(call()).await, "it doesn't come back by itself");
+        // One that is never idle can't be put out anyway.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let _second = bench.fake.launched();
+    assert!(!bench.fake.was_asked());
+}
+
+#[tokio::test]
 async fn calls_beyond_all_instances_wait_as_long_as_they_may() {
     let bench = bench(PLENTY, |policy| {
         policy.instances.max = 1;
