@@ -12,7 +12,7 @@ use prost::Message as _;
 
 use crate::{
     Mode, again, answer, call,
-    common::{Call, Dispatcher, Settings, client::to_duration, programs},
+    common::{Call, Dispatcher, Settings, client::to_duration, programs, scaled_ms},
     look, policy, start, started, state,
     wire::{Entries, Entry, Failure, HelloReply, HelloRequest, Nothing, Number, Payload},
 };
@@ -280,6 +280,10 @@ fn streaming_methods_are_refused(at: &Mode) {
         assert!(reply.output.is_none(), "{method}: {}", reply.summary());
     }
     assert_eq!(look(&dispatcher, "ns").calls, 1, "it was not even called");
+    // One that reflection doesn't know, and that goes on after its first message.
+    let watch = Call::new("ns", "greeter").method("grpc.health.v1.Health", "Watch");
+    let reply = dispatcher.call(watch).expect(Code::Unimplemented, Verdict::Completed, "streaming");
+    assert!(reply.elapsed < Duration::from_millis(scaled_ms(10_000)), "{:?}", reply.elapsed);
     dispatcher.stop();
 }
 

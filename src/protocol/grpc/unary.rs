@@ -17,6 +17,9 @@ const PREFIX: usize = 5;
 /// Messages up to this size go with their prefix in one piece.
 const ONE_PIECE: usize = 16 << 10;
 
+/// How long an answer may go on after its message: then it is a stream.
+const END_WAIT: Duration = Duration::from_secs(2);
+
 /// Trailers of an answer that are passed on, and bytes of them together.
 const TRAILERS_MAX: usize = 64;
 const TRAILER_BYTES_MAX: usize = 8 << 10;
@@ -173,23 +176,33 @@ async fn read(response: ResponseFuture, limit: u64) -> Result<Answer, CallFailur
     if parts.headers.contains_key(STATUS) {
         return answer(status(&parts.headers)?, None);
     }
-    let message = message(&mut body, limit).await?;
-    match body.trailers().await.map_err(|error| failure(&error))? {
-        Some(trailers) => answer(status(&trailers)?, message),
+    let mut message = Incomplete::new(limit);
+    take(&mut message, &mut body).await?;
+    let rest = async {
+        take(&mut message, &mut body).await?;
+        body.trailers().await.map_err(|error| failure(&error))
+    };
+    // Whoever has a single message to say is at the end with it.
+    let ended = tokio::time::timeout(END_WAIT, rest).await;
+    match ended.map_err(|_| CallFailure::Streaming)?? {
+        Some(trailers) => answer(status(&trailers)?, message.finish()?),
         None => malformed("it has no trailers".to_owned()),
     }
 }
 
-async fn message(body: &mut RecvStream, limit: u64) -> Result<Option<Bytes>, CallFailure> {
-    let mut message = Incomplete::new(limit);
-    while let Some(data) = body.data().await {
+/// Takes what comes until the message is complete or, if it is already, until the end.
+async fn take(message: &mut Incomplete, body: &mut RecvStream) -> Result<(), CallFailure> {
+    let was_complete = message.is_complete();
+    while message.is_complete() == was_complete
+        && let Some(data) = body.data().await
+    {
         let data = data.map_err(|error| failure(&error))?;
         let length = data.len();
         message.take(data)?;
         // What was taken may be followed by as much.
         body.flow_control().release_capacity(length).map_err(|error| failure(&error))?;
     }
-    message.finish()
+    Ok(())
 }
 
 fn answer(status: ServiceStatus, message: Option<Bytes>) -> Result<Answer, CallFailure> {
@@ -232,6 +245,10 @@ impl Incomplete {
             Some(length) if self.bytes.len() > length => Err(CallFailure::Streaming),
             _ => Ok(()),
         }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.length == Some(self.bytes.len())
     }
 
     fn finish(self) -> Result<Option<Bytes>, CallFailure> {
