@@ -8,7 +8,10 @@
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -35,6 +38,13 @@ const HEADERS_MAX: u32 = 16 << 10;
 /// Bytes of one message that are taken from it at once, to be sent.
 const SEND_BUFFER: usize = 1 << 20;
 
+/// Bytes that come besides answers: for a connection, and with each call. More is a flood.
+/// (Messages are held up by HTTP/2 itself; what else a server may send is not.)
+const BESIDES: u64 = 1 << 20;
+const BESIDES_CALL: u64 = 64 << 10;
+/// Calls whose answers may be under way at once, for the same reckoning.
+const CALLS_MAX: u64 = 256;
+
 /// A frame's header, RFC 9113, 4.1: length, type, flags, stream.
 const FRAME_HEADER: usize = 9;
 const SETTINGS: u8 = 4;
@@ -56,6 +66,7 @@ pub enum OpenError {
 #[derive(Clone, Debug)]
 pub struct Connection {
     pub(super) sender: SendRequest<Bytes>,
+    expected: Arc<AtomicU64>,
     task: Arc<Task>,
 }
 
@@ -76,7 +87,13 @@ impl Connection {
     /// [`OpenError`]
     pub async fn open(socket: UnixStream) -> Result<Self, OpenError> {
         let (greet, greeted) = oneshot::channel();
-        let socket = Listening { socket, first: Vec::new(), greet: Some(greet) };
+        let expected = Arc::new(AtomicU64::new(BESIDES));
+        let socket = Listening {
+            socket,
+            first: Vec::new(),
+            greet: Some(greet),
+            expected: Arc::clone(&expected),
+        };
         let (sender, connection) = Builder::new()
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)
@@ -92,12 +109,21 @@ impl Connection {
             // Whoever has a call on it learns of it there.
             let _ = connection.await;
         });
-        let connection = Self { sender, task: Arc::new(Task(task)) };
+        let connection = Self { sender, expected, task: Arc::new(Task(task)) };
         match greeted.await {
             Ok(Greeting::Settings) => Ok(connection),
             Ok(Greeting::Foreign(bytes)) => Err(OpenError::Foreign(shown(&bytes))),
             Ok(Greeting::End) | Err(_) => Err(OpenError::Closed),
         }
+    }
+
+    /// There may be an answer of so many bytes more.
+    pub(super) fn expect(&self, answer: u64) {
+        let more = answer.saturating_add(BESIDES_CALL);
+        let most = more.saturating_mul(CALLS_MAX).saturating_add(BESIDES);
+        let add = |expected: u64| Some(expected.saturating_add(more).min(most.max(expected)));
+        // It never fails: `add` always has a sum.
+        let _ = self.expected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
     /// Whether no call can be made on it any more.
@@ -141,6 +167,8 @@ struct Listening {
     first: Vec<u8>,
     /// Taken once that is known.
     greet: Option<oneshot::Sender<Greeting>>,
+    /// Bytes that may still come.
+    expected: Arc<AtomicU64>,
 }
 
 impl Listening {
@@ -173,7 +201,11 @@ impl AsyncRead for Listening {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(context, buffer))?;
         self.hear(&buffer.filled()[before..]);
-        Poll::Ready(Ok(()))
+        let length = (buffer.filled().len() - before) as u64;
+        let left = |expected: u64| expected.checked_sub(length);
+        let flooded =
+            self.expected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).is_err();
+        Poll::Ready(if flooded { Err(io::Error::other("it sends without end")) } else { Ok(()) })
     }
 }
 
@@ -242,6 +274,29 @@ mod tests {
             let error = opened.map(drop).unwrap_err().to_string();
             assert!(error.contains(told), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn who_sends_without_end_is_hung_up_on() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let floods = async {
+            theirs.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await.unwrap();
+            // PING, answered and of no use.
+            let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+            let mut sent = 0;
+            let mut ignored = [0; 4096];
+            loop {
+                // Its answers are taken, or it would be held up by them.
+                let _ = theirs.try_read(&mut ignored);
+                match theirs.write(&ping).await {
+                    Ok(length) => sent += length as u64,
+                    Err(_) => return sent,
+                }
+            }
+        };
+        let (opened, sent) = tokio::join!(Connection::open(ours), floods);
+        assert!(opened.unwrap().is_closed());
+        assert!(sent < 3 * BESIDES, "{sent}");
     }
 
     #[tokio::test]

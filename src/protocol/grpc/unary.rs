@@ -109,6 +109,7 @@ impl Connection {
         // Where it takes no more calls at once, this waits until it does.
         let mut sender = self.sender.clone().ready().await.map_err(unsent)?;
         let (response, mut body) = sender.send_request(head, false).map_err(unsent)?;
+        self.expect(call.limit);
         // All of it at once: it is in memory, and goes as the service takes it.
         let (prefix, message) = framed(&call.message);
         let sent = match message {
