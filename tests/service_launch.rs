@@ -6,6 +6,8 @@ mod common;
 mod driver;
 #[path = "service_launch/instance.rs"]
 mod instance;
+#[path = "service_launch/network.rs"]
+mod network;
 
 use std::{
     fs,
