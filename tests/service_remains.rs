@@ -55,7 +55,8 @@ fn nothing_stays_of_a_service() {
     let launcher = Process::read(services.launcher.child.id() as i32).unwrap();
     // The kernel shows them to root alone: the launcher is not dumpable.
     if !rootless() {
-        (0..5).for_each(|_| round());
+        // So many that as many jails wait as ever will.
+        (0..20).for_each(|_| round());
         let before = settled_descriptors(&launcher);
         (0..20).for_each(|_| round());
         let after = settled_descriptors(&launcher);
