@@ -2,6 +2,7 @@
 //!
 //! Thin: errors are `io::Error` with the kernel's errno.
 
+mod aside;
 mod mapping;
 mod memfd;
 pub(crate) mod raw;
@@ -23,6 +24,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+pub use aside::run_aside;
 pub use mapping::Mapping;
 pub use memfd::{SealedBytes, Unsealed, sealed_memfd};
 pub use sockets::{peer_uid, stream_socket};

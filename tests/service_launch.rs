@@ -6,6 +6,8 @@ mod common;
 mod driver;
 #[path = "service_launch/instance.rs"]
 mod instance;
+#[path = "service_launch/network.rs"]
+mod network;
 
 use std::{
     fs,
@@ -275,6 +277,60 @@ fn until_the_program_is_there_nobody_is_connected_to_it() {
                 }
             }
         }
+    }
+}
+
+/// Asked for as soon as it is launched, a connection comes with the program: by answers in the
+/// order of the questions.
+#[test]
+fn what_is_asked_of_a_run_that_is_built_waits_for_its_program() {
+    let services = Services::start();
+    let (inherited, own) = (ServiceSocket::Inherited, ServiceSocket::Own);
+    let ask = |launch: &Launch, to| {
+        let connect = FromServer::Connect { run: launch.run, to };
+        send(services.launcher.server.as_ref().unwrap(), &connect, &[]);
+    };
+    let answers = |count: usize| -> Vec<_> {
+        std::iter::repeat_with(|| services.launcher.next_with().0)
+            .filter_map(|answer| match answer {
+                FromLauncher::Connected { to, result, .. } => Some((to, result)),
+                FromLauncher::Started { .. } => None,
+                other => panic!("{other:?}"),
+            })
+            .take(count)
+            .collect()
+    };
+    for mode in MODES {
+        let begin = |argv: &[&str]| {
+            let (launch, mut io) = (launch(mode, 1), Io::new());
+            services.launcher.launch(&launch, argv, &programs::bytes("serve"), &mut io);
+            (launch, io)
+        };
+        let (launch, io) = begin(&["serve", PATH]);
+        for to in [inherited, own, inherited] {
+            ask(&launch, to);
+        }
+        let there = [(inherited, Ok(())), (own, Err(libc::ENOENT)), (inherited, Ok(()))];
+        assert_eq!(answers(3), there, "{mode}");
+        let stop = |launch: &Launch| {
+            let stop = FromServer::Stop { run: launch.run, cause: StopCause::Cancelled };
+            send(services.launcher.server.as_ref().unwrap(), &stop, &[]);
+        };
+        let ended = || assert!(matches!(services.launcher.next(), FromLauncher::Ended { .. }));
+        stop(&launch);
+        ended();
+        drop(io);
+        // More than wait: each is answered, and none overtakes another.
+        let (launch, _io) = begin(&["serve", PATH]);
+        (0..20).for_each(|_| ask(&launch, own));
+        ask(&launch, inherited);
+        let all = answers(21);
+        let none = |(to, result): &(_, Result<(), i32>)| {
+            *to == own && matches!(result, Err(libc::ENOENT | libc::EAGAIN))
+        };
+        assert!(all[..20].iter().all(none) && all[20].0 == inherited, "{mode}: {all:?}");
+        stop(&launch);
+        ended();
     }
 }
 

@@ -108,6 +108,8 @@ pub struct Service {
     /// The directory for a socket of its own, inside the root; `None` in direct mode, where
     /// the launcher has made it.
     pub directory: Option<CString>,
+    /// Whether it has a network namespace of its own: then its sockets are made in that.
+    pub own_network: bool,
 }
 
 /// A jail's root, piece by piece.

@@ -137,9 +137,14 @@ impl Prepared {
     /// A service is not alone: it can send descriptors to whom it talks with, the server.
     #[must_use]
     pub fn is_alone(&self, mode: Mode) -> bool {
-        let network = self.template.network != Network::Host;
         let talks = self.template.listens;
-        mode == Mode::Jail && network && !talks && !self.template.filesystem.shows_host()
+        self.has_own_network(mode) && !talks && !self.template.filesystem.shows_host()
+    }
+
+    /// Whether its runs in this mode have a network namespace of their own.
+    #[must_use]
+    pub fn has_own_network(&self, mode: Mode) -> bool {
+        mode == Mode::Jail && self.template.network != Network::Host
     }
 
     /// Whether its runs in this mode are in an empty root, which can be any such
@@ -222,7 +227,10 @@ impl Prepared {
             exec_fd: self.filter_options.exec_fd,
             control_fd: self.filter_options.control_fd,
             exec: purpose.script.as_ref().map_or(Exec::Memfd, Script::exec),
-            service: self.template.listens.then(|| service(purpose.socket)),
+            service: self.template.listens.then(|| Service {
+                own_network: self.has_own_network(purpose.mode),
+                ..service(purpose.socket)
+            }),
             fault,
         };
         Ok(Decided { blueprint, namespaces: bind_namespaces, keep, map: identities.map, enforced })
@@ -387,6 +395,7 @@ fn service(socket: Option<&CStr>) -> Service {
     Service {
         environment: vec![entry(count, b"1"), entry(names, b"grpc"), entry(own, path)],
         directory: socket.is_none().then(|| CString::new(directory).unwrap_or_default()),
+        own_network: false,
     }
 }
 

@@ -62,8 +62,10 @@ pub enum FromServer {
         /// Why; becomes the verdict if nothing stopped it earlier.
         cause: StopCause,
     },
-    /// Connect to the service that a run is; answered by [`FromLauncher::Connected`].
-    /// Only for a run whose template [listens](super::plan::Template::listens).
+    /// Connect to the service that a run is; answered by [`FromLauncher::Connected`], for one
+    /// run in the order of the questions. The launcher answers as soon as the program is about
+    /// to be exec'd, or the run ends. Only for a run whose template
+    /// [listens](super::plan::Template::listens).
     Connect {
         /// Which.
         run: RunId,
@@ -221,8 +223,8 @@ pub enum FromLauncher {
         run: RunId,
         /// To which of its sockets.
         to: ServiceSocket,
-        /// errno(3): ENOENT for no such socket yet, or a program that isn't about to be
-        /// exec'd yet; ECONNREFUSED for a socket that nobody listens at; EAGAIN for one with
+        /// errno(3): ENOENT for no such socket yet, or, of `dispatch-docker`, for a program
+        /// that isn't there yet; ECONNREFUSED for a socket that nobody listens at; EAGAIN for one with
         /// a full queue, or for more answers than are waited for at once; EPERM for one that
         /// is not the run's, or what is no socket; ESRCH for no such run, or one that ends;
         /// EINVAL for one that doesn't listen. Others, such as EMFILE, are the launcher's own.

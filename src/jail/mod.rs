@@ -10,7 +10,7 @@
 //! | `check`, `decide`, `blueprint`, `root`, `limits` | a launch checked, a jail decided |
 //! | `init`, `mounts`, `program` | what is done, step by step, after the clone |
 //! | `run` | one jail under supervision, from being built to being gone |
-//! | `cgroup`, `identity`, `namespaces`, `network`, `landlock`, `seccomp` | the mechanisms |
+//! | `cgroup`, `identity`, `namespaces`, `network`, `sockets`, `landlock`, `seccomp` | the mechanisms |
 
 pub mod blueprint;
 pub mod cgroup;
@@ -34,4 +34,5 @@ pub mod root;
 pub mod run;
 pub mod seccomp;
 pub mod service;
+pub mod sockets;
 pub mod step;

@@ -30,7 +30,7 @@ use rustix::{
 };
 
 use super::message::SERVICE_SOCKET;
-use crate::{names::RunId, sys};
+use crate::names::RunId;
 
 /// How our directories' names begin.
 const PREFIX: &str = "dispatch-launch.";
@@ -122,18 +122,17 @@ impl Places {
         &self.parent
     }
 
-    /// A socket that listens, connected to by nobody: it was in a directory that is ours
+    /// Has a new socket listen, connected to by nobody: it was in a directory that is ours
     /// alone, and its name was gone before it listened.
     ///
     /// # Errors
-    /// Those of making the directory, of socket(2), bind(2), open(2) and listen(2).
-    pub fn listening(&mut self) -> io::Result<Listening> {
+    /// Those of making the directory, of bind(2), open(2) and listen(2).
+    pub fn listening(&mut self, socket: OwnedFd) -> io::Result<Listening> {
         let base = self.base()?;
         let name = base.next_name();
         // By the descriptor, so that no path is too long for it.
         let directory = base.sockets.as_raw_fd();
         let path = format!("/proc/self/fd/{directory}/{}", name.to_string_lossy());
-        let socket = sys::stream_socket(false)?;
         rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new(path)?)?;
         let opened = open_path(base.sockets.as_fd(), &name);
         rustix::fs::unlinkat(&base.sockets, &name, AtFlags::empty())?;
@@ -418,6 +417,11 @@ mod tests {
     use std::{fs, io::ErrorKind, os::unix::net::UnixStream};
 
     use super::*;
+    use crate::sys;
+
+    fn socket() -> OwnedFd {
+        sys::stream_socket(false).unwrap()
+    }
 
     fn own() -> (u32, u32) {
         (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
@@ -431,7 +435,7 @@ mod tests {
     fn a_socket_listens_without_a_name_and_as_long_as_it_is_held() {
         let directory = tempfile::tempdir().unwrap();
         let mut places = Places::below(directory.path().to_owned());
-        let Listening { socket, inode } = places.listening().unwrap();
+        let Listening { socket, inode } = places.listening(socket()).unwrap();
         let [base] = &entries(directory.path())[..] else { panic!() };
         assert_eq!(entries(&base.join("sockets")), Vec::<PathBuf>::new());
         let connect = || UnixStream::connect(format!("/proc/self/fd/{}", inode.as_raw_fd()));
@@ -495,9 +499,9 @@ mod tests {
     fn what_somebody_removed_is_made_anew() {
         let directory = tempfile::tempdir().unwrap();
         let mut places = Places::below(directory.path().to_owned());
-        places.listening().unwrap();
+        places.listening(socket()).unwrap();
         fs::remove_dir_all(&entries(directory.path())[0]).unwrap();
-        places.listening().unwrap();
+        places.listening(socket()).unwrap();
         places.place(own()).unwrap();
         places.close().unwrap();
         assert_eq!(entries(directory.path()).len(), 0);
@@ -511,7 +515,7 @@ mod tests {
         let mut places = Places::below(long.clone());
         assert_eq!(places.place(own()).unwrap_err().raw_os_error(), Some(libc::ENAMETOOLONG));
         // An inherited one needs none.
-        places.listening().unwrap();
+        places.listening(socket()).unwrap();
         places.close().unwrap();
         assert_eq!(entries(&long), Vec::<PathBuf>::new());
     }

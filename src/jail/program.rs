@@ -8,10 +8,10 @@
 use std::{
     ffi::{CStr, CString},
     io,
-    os::fd::{BorrowedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, IntoRawFd as _, OwnedFd, RawFd},
 };
 
-use rustix::process::DumpableBehavior;
+use rustix::{fs::OFlags, process::DumpableBehavior};
 
 use super::{
     blueprint::{Exec, Service},
@@ -119,20 +119,31 @@ fn become_program(
     context.at(Step::Exec, Err(error))
 }
 
-/// All is built. The directory for a service's own socket goes along: it was made for this
-/// run, and nothing of the tenant's has run yet that could have put another in its place.
+/// All is built. What the launcher reaches a service by goes along: the directory for its own
+/// socket, which was made for this run, and the network namespace that we are in. Nothing
+/// of the tenant's has run yet that could have put another in its place.
 fn send_ready(context: Context<'_>) -> Result<(), StepError> {
     let service = context.blueprint.service.as_ref();
     let directory = match service.and_then(|service| service.directory.as_ref()) {
         Some(path) => Some(context.at(Step::ServiceDirectory, open_directory(path))?),
         None => None,
     };
-    let sent = sys::send_one_fd(context.control, &Report::Ready.encode(), directory);
-    context.at(Step::Handshake, sent)?;
-    match directory {
-        Some(directory) => context.at(Step::ServiceDirectory, sys::close(directory)),
-        None => Ok(()),
+    let network = match service.is_some_and(|service| service.own_network) {
+        // Its own links are open to a process, whoever they belong to.
+        true => Some(context.at(Step::ServiceNetwork, open(c"/proc/self/ns/net", OFlags::RDONLY))?),
+        false => None,
+    };
+    let (mut along, mut count) = ([context.control; 2], 0);
+    for descriptor in [&directory, &network].into_iter().flatten() {
+        along[count] = descriptor.as_fd();
+        count += 1;
     }
+    let sent = sys::send_packet(context.control, &Report::Ready.encode(), &along[..count]);
+    context.at(Step::Handshake, sent)?;
+    for descriptor in [directory, network].into_iter().flatten() {
+        context.at(Step::ServiceDirectory, sys::close(descriptor.into_raw_fd()))?;
+    }
+    Ok(())
 }
 
 fn receive_start(context: Context<'_>) -> Result<(Start, [RawFd; START_FDS_MAX]), StepError> {
@@ -181,17 +192,17 @@ fn place_descriptors(
     sys::close_range(blueprint.exec_fd as u32 + 4, u32::MAX)
 }
 
-fn open_directory(path: &CStr) -> io::Result<RawFd> {
-    use rustix::fs::{CWD, Mode, OFlags};
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
-    Ok(std::os::fd::IntoRawFd::into_raw_fd(fd))
+fn open_directory(path: &CStr) -> io::Result<OwnedFd> {
+    open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW)
 }
 
 fn open_interpreter(path: &CStr) -> io::Result<RawFd> {
-    use rustix::fs::{CWD, Mode, OFlags};
-    let fd = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    Ok(std::os::fd::IntoRawFd::into_raw_fd(fd))
+    Ok(open(path, OFlags::PATH)?.into_raw_fd())
+}
+
+fn open(path: &CStr, flags: OFlags) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(rustix::fs::CWD, path, flags, rustix::fs::Mode::empty())?)
 }
 
 fn send_listener(context: Context<'_>, listener: Option<RawFd>) -> io::Result<()> {
@@ -354,7 +365,7 @@ mod tests {
         let own = format!("LISTEN_PID={}", std::process::id());
         let entries = ["LISTEN_FDS=1", "LISTEN_FDNAMES=grpc", "GRPC_UNIX_SOCKET=/x"];
         let environment = entries.map(|entry| CString::new(entry).unwrap()).to_vec();
-        let service = Service { environment, directory: None };
+        let service = Service { environment, directory: None, own_network: false };
         let told: Vec<_> = std::iter::once(&*own).chain(entries).collect();
         for (strings, argc) in
             [(&["a"][..], 1), (&["a", "", "c"], 3), (&["a", "B=", "C=d"], 1), (&["A=1"], 0)]

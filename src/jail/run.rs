@@ -31,9 +31,8 @@ use super::{
     decide::Prepared,
     empty_root::EmptyRoot,
     identity::{self, HostIds, IdMap},
-    message::{Launch, LaunchFds, StopCause, WaitStatus},
+    message::{Launch, LaunchFds, ServiceSocket, StopCause, WaitStatus},
     network::EmptyNetwork,
-    places::Listening,
     plan::{Control, Template},
     seccomp::notify::Listener,
     service::Service,
@@ -120,6 +119,8 @@ pub struct Run {
     /// When its control socket is listened to again.
     heed_at: Option<Instant>,
     notices: u32,
+    /// Connections that are asked for and can't be had yet.
+    wanted: Vec<ServiceSocket>,
     stopped: Option<StopCause>,
     status: WaitStatus,
     failure: Option<StepError>,
@@ -173,15 +174,13 @@ pub struct Call {
     pub cores: f64,
     /// When the launch was received.
     pub received: Instant,
-    /// The socket that it will listen at, where its template says so.
-    pub listening: Option<Listening>,
 }
 
 /// What is heard on a run's control socket.
 #[derive(Debug)]
 pub enum Heard {
     /// A report, with what came along.
-    Report(Report, Option<OwnedFd>),
+    Report(Report, Vec<OwnedFd>),
     /// Nothing for now.
     Nothing,
     /// Nothing any more: init is dead, and the program has no part of it.
@@ -237,6 +236,7 @@ impl Run {
             notices_resume: None,
             heed_at: None,
             notices: 0,
+            wanted: Vec::new(),
             stopped: None,
             status: WaitStatus::Unknown,
             failure: None,
@@ -296,7 +296,7 @@ impl Run {
     /// What was given, where the jail died while it waited.
     pub fn assign(
         &mut self,
-        mut call: Call,
+        call: Call,
         fds: LaunchFds,
         enforced: &[Control],
         now: Instant,
@@ -306,10 +306,7 @@ impl Run {
                 return Err(Box::new((call, fds)));
             }
             Phase::Waiting => match self.start(&call, &fds, now) {
-                Ok(change) => {
-                    self.hand_over(&mut call);
-                    change
-                }
+                Ok(change) => change,
                 Err(_) => return Err(Box::new((call, fds))),
             },
             Phase::Building => {
@@ -338,8 +335,8 @@ impl Run {
             received => received,
         };
         match received {
-            Ok(Some((length, mut fds))) => match Report::decode(&bytes[..length]) {
-                Some(report) => Ok(Heard::Report(report, fds.pop())),
+            Ok(Some((length, fds))) => match Report::decode(&bytes[..length]) {
+                Some(report) => Ok(Heard::Report(report, fds)),
                 None => Err(io::Error::from_raw_os_error(libc::EPROTO)),
             },
             Ok(None) => Ok(Heard::Closed),
@@ -368,7 +365,7 @@ impl Run {
         match report {
             // A run that was stopped meanwhile is not built any further.
             Report::NeedsMaps if self.phase == Phase::Building => self.write_maps(now),
-            Report::Ready if self.phase == Phase::Building => return self.built(fd, now),
+            Report::Ready if self.phase == Phase::Building => return self.built(now),
             Report::NeedsMaps | Report::Ready => {}
             Report::Filtered => return self.filtered(fd, now),
             // Only our own code leaves by exit(2) before its filter is in place:
@@ -411,11 +408,7 @@ impl Run {
         }
     }
 
-    fn built(&mut self, directory: Option<OwnedFd>, now: Instant) -> Change {
-        if let Err(error) = self.take_directory(directory) {
-            self.fail(step_error(Step::ServiceDirectory, &error), now);
-            return Change::None;
-        }
+    fn built(&mut self, now: Instant) -> Change {
         // From here to the program's start nothing of it does anything but wait.
         if let Some(cgroup) = &mut self.cgroup
             && let Err(error) = cgroup.start_measuring()
@@ -426,11 +419,10 @@ impl Run {
         self.namespaces.clear();
         self.grace_deadline = None;
         self.phase = Phase::Waiting;
-        let (Some(mut call), Some(fds)) = (self.call.take(), self.fds.take()) else {
+        let (Some(call), Some(fds)) = (self.call.take(), self.fds.take()) else {
             return Change::None;
         };
         let started = self.start(&call, &fds, now);
-        self.hand_over(&mut call);
         self.call = Some(call);
         started.unwrap_or_else(|error| {
             self.fail(step_error(Step::Start, &error), now);
@@ -450,11 +442,15 @@ impl Run {
         let mut descriptors = [fds.call.as_fd(); BROUGHT + 1];
         descriptors[..BROUGHT].copy_from_slice(&brought.map(AsFd::as_fd));
         let mut count = BROUGHT;
-        if let Some(listening) = &call.listening {
+        let listening = self.service.as_ref().and_then(|service| service.listening.as_ref());
+        if let Some(listening) = listening {
             descriptors[BROUGHT] = listening.socket.as_fd();
             count += 1;
         }
         sys::send_packet(&self.control, &start.encode(), &descriptors[..count])?;
+        if let Some(service) = &mut self.service {
+            service.hand_over();
+        }
         self.wall_deadline = call.launch.timeout.and_then(|timeout| now.checked_add(timeout));
         self.cpu_check = self.first_cpu_check(call, now);
         self.phase = Phase::Running;

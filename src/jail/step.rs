@@ -99,6 +99,8 @@ steps! {
     // In the process that becomes the program.
     /// Session and signals.
     Session = "session",
+    /// Open the network namespace for the launcher, which makes a service's sockets in it.
+    ServiceNetwork = "service_network",
     /// Map argv and environment.
     Arguments = "arguments",
     /// Receive and place the program's descriptors.
@@ -162,8 +164,9 @@ impl Fault {
 pub enum Report {
     /// Init is in a new user namespace and waits for its maps.
     NeedsMaps,
-    /// Everything is built; the program waits for its descriptors. With one descriptor where
-    /// it is a service in a jail: the directory for a socket of its own.
+    /// Everything is built; the program waits for its descriptors. Where it is a service in a
+    /// jail with one descriptor or two: the directory for a socket of its own, and its network
+    /// namespace, where that is its own.
     Ready,
     /// The system call filter is on. With one descriptor: its listener, where it has one.
     Filtered,

@@ -2,9 +2,15 @@
  * of its own, and does what each says: a word, an argument, the end of a line. It answers
  * with the outcome in a line, and closes the connection. */
 #include "probe.h"
+#include <net/if.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77 /* since Linux 6.5 */
+#endif
 
 static const char *path;
 static int own = -1;
@@ -130,6 +136,42 @@ static int act(const char *word, const char *argument)
 	misuse("no such word: %s", word);
 }
 
+/* The interfaces of the network namespace that a socket belongs to, and whether they are up:
+ * any socket tells, also one of the Unix family. */
+static void tell_interfaces(int socket, int to)
+{
+	for (int index = 1; index < 256; index++) {
+		struct ifreq about = { .ifr_ifindex = index };
+		if (ioctl(socket, SIOCGIFNAME, &about) < 0)
+			continue;
+		int up = ioctl(socket, SIOCGIFFLAGS, &about) == 0 && about.ifr_flags & IFF_UP;
+		dprintf(to, "%s:%s ", about.ifr_name, up ? "up" : "down");
+	}
+}
+
+/* Who connected, and what can be done to him by what is told of him. */
+static void tell_peer(int socket)
+{
+	struct ucred peer = { .pid = -1 };
+	socklen_t length = sizeof peer;
+	int got = getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length);
+	dprintf(socket, "%s pid %d uid %d ", outcome(got), peer.pid, peer.uid);
+	int pidfd = -1;
+	length = sizeof pidfd;
+	if (getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &length) < 0) {
+		dprintf(socket, "pidfd %s", outcome(-1));
+		return;
+	}
+	dprintf(socket, "pidfd ok signal %s ", outcome(syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0)));
+	char path[64], text[512] = "";
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+	int about = open(path, O_RDONLY | O_CLOEXEC);
+	if (about >= 0 && read(about, text, sizeof text - 1) > 0 && strstr(text, "\nPid:"))
+		dprintf(socket, "number %d", atoi(strstr(text, "\nPid:") + 5));
+	close(about);
+	close(pidfd);
+}
+
 static void serve(int listener)
 {
 	char line[512];
@@ -147,6 +189,14 @@ static void serve(int listener)
 	if (argument)
 		*argument++ = 0;
 	const char *from = listener == 3 ? "inherited" : "own";
+	if (!strcmp(line, "interfaces") || !strcmp(line, "peer")) {
+		if (*line == 'p')
+			tell_peer(fd);
+		else
+			tell_interfaces(argument ? atoi(argument) : fd, fd);
+		close(fd);
+		return;
+	}
 	dprintf(fd, "%s %s\n", from, outcome(act(line, argument ? argument : "")));
 	close(fd);
 }

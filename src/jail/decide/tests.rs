@@ -111,7 +111,7 @@ fn in_a_jail_nobody_is_nobody_whoever_the_launcher_is() {
 #[test]
 fn a_service_is_told_where_to_listen() {
     let told = |socket| {
-        let Service { environment, directory } = service(socket);
+        let Service { environment, directory, .. } = service(socket);
         let text = |string: &CString| string.to_str().unwrap().to_owned();
         (environment.iter().map(text).collect::<Vec<_>>(), directory.as_ref().map(text))
     };

@@ -186,12 +186,13 @@ impl Demand {
         if self.idle > IDLE_REVIEWS {
             return 0;
         }
+        let is_busy = self.calls.max(self.last_calls) >= BUSY;
         // Each lives for many calls: how many run says nothing of how many will be begun.
         if self.prepared.template.listens {
-            return EACH_MIN;
+            return if is_busy { EACH_BUSY } else { EACH_MIN };
         }
         let peak = self.peak.max(self.last_peak);
-        if self.calls.max(self.last_calls) >= BUSY {
+        if is_busy {
             // Two steps, lest it be another number after each review.
             return if 2 * peak <= EACH_BUSY { EACH_BUSY } else { EACH_MAX };
         }

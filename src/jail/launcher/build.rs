@@ -311,7 +311,7 @@ impl Launcher {
             Mode::Direct => Some(self.place(user)?),
             Mode::Jail | Mode::Container => None,
         };
-        Ok(Some(Service::new(user.0, place)))
+        Ok(Some(Service::new(user.0, place, prepared.has_own_network(mode))))
     }
 
     fn discard_place(&mut self, service: Option<Service>) {

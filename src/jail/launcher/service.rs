@@ -8,9 +8,8 @@ use super::{Launcher, QUARANTINE_RETRY, log};
 use crate::{
     jail::{
         message::{FromLauncher, Refusal, ServiceSocket},
-        places::{Listening, Place},
-        plan::Template,
-        run::{self, Run},
+        places::{Place, Places},
+        run::{self, Phase, Run},
         step::{Step, StepError},
     },
     names::RunId,
@@ -20,44 +19,52 @@ use crate::{
 pub(super) const CONNECTED_MAX: usize = 32;
 
 impl Launcher {
-    /// The socket for a run that listens.
-    pub(super) fn listening(&mut self, template: &Template) -> Result<Option<Listening>, Refusal> {
-        if !template.listens {
-            return Ok(None);
-        }
-        self.places.listening().map(Some).map_err(|error| self.no_socket(1, &error))
-    }
-
     /// The directory in which a run in direct mode may bind a socket of its own.
     pub(super) fn place(&mut self, owner: (u32, u32)) -> Result<Place, Refusal> {
-        self.places.place(owner).map_err(|error| self.no_socket(0, &error))
+        self.places.place(owner).map_err(|error| run::refusal(no_socket(&self.places, 0, &error)))
     }
 
-    /// Who runs the service is told where: the caller hears of the step alone.
-    fn no_socket(&self, index: u16, error: &io::Error) -> Refusal {
-        let parent = self.places.parent().display();
-        log(&format!("a service can't have a socket in {parent}: {error}"));
-        let errno = error.raw_os_error().unwrap_or(libc::EIO);
-        run::refusal(StepError { step: Step::ServiceSocket, index, errno })
-    }
-
-    /// Answers with a new connection to a run.
+    /// Answers with a new connection to a run, as soon as there is a program to connect to:
+    /// to ask again and again would take longer, and more.
     pub(super) fn connect(&mut self, id: RunId, to: ServiceSocket) {
-        let connected = self.connection(id, to);
-        let result = connected.as_ref().map(drop).map_err(|error| error.raw_os_error());
-        self.tell_with(&FromLauncher::Connected { run: id, to, result }, connected.ok());
+        let Some(run) = self.heard(id) else {
+            return self.tell_connected(id, to, Err(Errno::SRCH));
+        };
+        if let Some(denied) = run.want_connection(to) {
+            for to in denied {
+                self.tell_connected(id, to, Err(Errno::AGAIN));
+            }
+            return;
+        }
+        let Some(serial) = self.serials.get(&id).copied() else { return };
+        self.answer_connects(serial);
+        if self.runs.get(&serial).is_some_and(Run::has_wanted) {
+            self.heed(serial, true);
+        }
     }
 
-    fn connection(&mut self, id: RunId, to: ServiceSocket) -> Result<OwnedFd, Errno> {
-        if self.connected >= CONNECTED_MAX {
-            return Err(Errno::AGAIN);
+    /// Answers what was asked for while there was no program yet, in order.
+    pub(super) fn answer_connects(&mut self, serial: u64) {
+        while let Some(run) = self.runs.get_mut(&serial)
+            && let Some(id) = run.id()
+            && let Some(to) = run.next_wanted()
+        {
+            let connected = match self.connected >= CONNECTED_MAX {
+                true => Err(Errno::AGAIN),
+                false => run.connect(to),
+            };
+            self.tell_connected(id, to, connected);
         }
-        self.heard(id).ok_or(Errno::SRCH)?.connect(to)
+    }
+
+    fn tell_connected(&mut self, run: RunId, to: ServiceSocket, made: Result<OwnedFd, Errno>) {
+        let result = made.as_ref().map(drop).map_err(|error| error.raw_os_error());
+        self.tell_with(&FromLauncher::Connected { run, to, result }, made.ok());
     }
 
     /// Answers with what there is to see of a run.
     pub(super) fn look(&mut self, id: RunId) {
-        let sight = self.heard(id).and_then(Run::look).map(Box::new);
+        let sight = self.heard(id).and_then(|run| run.look()).map(Box::new);
         self.tell(&FromLauncher::Seen { run: id, sight });
     }
 
@@ -70,10 +77,10 @@ impl Launcher {
 
     /// This call's run, whatever it has said so far heard: a program that was just started
     /// is not listened to for a while.
-    fn heard(&mut self, id: RunId) -> Option<&Run> {
+    fn heard(&mut self, id: RunId) -> Option<&mut Run> {
         self.on_control(*self.serials.get(&id)?);
         // It may have told its end.
-        self.runs.get(self.serials.get(&id)?)
+        self.runs.get_mut(self.serials.get(&id)?)
     }
 
     /// Removes a directory on the host whose run is gone; what is left of it later.
@@ -83,4 +90,35 @@ impl Launcher {
             self.leftovers_due.get_or_insert(Instant::now() + QUARANTINE_RETRY);
         }
     }
+}
+
+/// Has what a jail that was built has sent, and makes the sockets of one that listens: before
+/// there is a call for it, where it was built ahead.
+pub(super) fn equip(
+    run: &mut Run,
+    came: Vec<OwnedFd>,
+    places: &mut Places,
+    root: bool,
+) -> Result<(), StepError> {
+    // One that was stopped meanwhile needs none.
+    let Some(service) = run.service.as_mut().filter(|_| run.phase == Phase::Building) else {
+        return Ok(());
+    };
+    service.take(came, root).map_err(|error| StepError {
+        step: Step::ServiceDirectory,
+        index: 1,
+        errno: error.raw_os_error().unwrap_or(libc::EIO),
+    })?;
+    let socket = service.make_sockets().map_err(|error| no_socket(places, 2, &error))?;
+    let listening = places.listening(socket).map_err(|error| no_socket(places, 1, &error))?;
+    service.listening = Some(listening);
+    Ok(())
+}
+
+/// Who runs the dispatcher is told where: the caller hears of the step alone.
+fn no_socket(places: &Places, index: u16, error: &io::Error) -> StepError {
+    let parent = places.parent().display();
+    log(&format!("a service can't have a socket (in {parent}): {error}"));
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    StepError { step: Step::ServiceSocket, index, errno }
 }

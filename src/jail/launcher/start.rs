@@ -52,8 +52,7 @@ impl Launcher {
         let checked = check::check(&launch, &fds, &prepared.template, &[Mode::Direct, Mode::Jail])
             .map_err(|what| Refusal::Invalid { what })?;
         let cores = cores(&checked, self.facts.processors);
-        let listening = self.listening(&prepared.template)?;
-        let mut call = Call { launch, call_len: checked.call_len, cores, received, listening };
+        let mut call = Call { launch, call_len: checked.call_len, cores, received };
 
         while let Some(serial) = self.take_ahead(&prepared, &call.launch) {
             match self.assign(serial, call, fds, &checked) {
@@ -114,7 +113,7 @@ impl Launcher {
         match change {
             Change::None => {}
             Change::Started { setup } => {
-                self.heed(serial, false);
+                self.heed(serial, self.runs.get(&serial).is_some_and(Run::has_wanted));
                 let at = std::time::SystemTime::now();
                 if let Some(run) = self.runs.get(&serial).and_then(Run::id) {
                     self.tell_soon(&FromLauncher::Started { run, at, setup });

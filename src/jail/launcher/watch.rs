@@ -4,7 +4,9 @@ use std::{os::fd::OwnedFd, time::Instant};
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{GOING_MAX, Launcher, Leftover, QUARANTINE_RETRY, Remains, Source, log, reap};
+use super::{
+    GOING_MAX, Launcher, Leftover, QUARANTINE_RETRY, Remains, Source, log, reap, service::equip,
+};
 use crate::jail::{
     identity::HostIds,
     message::FromLauncher,
@@ -75,7 +77,7 @@ impl Launcher {
         loop {
             let Some(run) = self.runs.get_mut(&serial) else { return };
             match run.listen() {
-                Ok(Heard::Report(report, fd)) => self.on_report(serial, report, fd),
+                Ok(Heard::Report(report, fds)) => self.on_report(serial, report, fds),
                 Ok(Heard::Nothing) => return,
                 Ok(Heard::Closed) => {
                     // It stays readable until init is reaped. ENOENT: that is
@@ -94,7 +96,7 @@ impl Launcher {
         }
     }
 
-    pub(super) fn on_report(&mut self, serial: u64, report: Report, fd: Option<OwnedFd>) {
+    pub(super) fn on_report(&mut self, serial: u64, report: Report, fds: Vec<OwnedFd>) {
         let now = Instant::now();
         let Some(run) = self.runs.get_mut(&serial) else { return };
         let step = match report {
@@ -107,8 +109,15 @@ impl Launcher {
             run.on_report(Report::Failed(error), None, now);
             return self.reschedule(serial);
         }
-        let change = run.on_report(report, fd, now);
+        let change = match report {
+            Report::Ready => match equip(run, fds, &mut self.places, self.facts.root) {
+                Ok(()) => run.on_report(report, None, now),
+                Err(error) => run.on_report(Report::Failed(error), None, now),
+            },
+            _ => run.on_report(report, fds.into_iter().next(), now),
+        };
         self.on_change(serial, change);
+        self.answer_connects(serial);
         self.answer_if_over(serial, now);
     }
 
@@ -144,6 +153,7 @@ impl Launcher {
 
     /// A run's id may be used again, and one call less runs.
     fn forget(&mut self, serial: u64) {
+        self.answer_connects(serial);
         let Some(run) = self.runs.get(&serial) else { return };
         if let Some(launch) = run.launch() {
             self.serials.remove(&launch.run);
@@ -175,6 +185,8 @@ impl Launcher {
             let heed = run.heeds_from(now);
             if run.on_time(now) {
                 log(&format!("{} would not end: its uid and cgroup are kept aside", run.name()));
+                self.answer_connects(serial);
+                let Some(run) = self.runs.get(&serial) else { continue };
                 if !run.answered
                     && let Some(answer) = answer(run, now)
                 {

@@ -1,22 +1,48 @@
 //! What is asked of a run that lives for many calls.
 
-use std::{io, os::fd::OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use super::{Call, Phase, Run};
+use super::{Phase, Run};
 use crate::jail::{
     cgroup::Cgroup,
     message::{ServiceSocket, Sight},
 };
 
+/// Connections that may be asked for while there is no program yet.
+const WANTED_MAX: usize = 8;
+
 impl Run {
+    /// A connection is asked for. Or too many are: then those that are denied, in order.
+    pub fn want_connection(&mut self, to: ServiceSocket) -> Option<Vec<ServiceSocket>> {
+        self.wanted.push(to);
+        (self.wanted.len() > WANTED_MAX).then(|| std::mem::take(&mut self.wanted))
+    }
+
+    /// Whether any is asked for.
+    #[must_use]
+    pub fn has_wanted(&self) -> bool {
+        !self.wanted.is_empty()
+    }
+
+    /// The first that is asked for, once it can be had or never will be.
+    pub fn next_wanted(&mut self) -> Option<ServiceSocket> {
+        let is_yet_to_come = match self.phase {
+            Phase::Building | Phase::Waiting => true,
+            Phase::Running => !self.filtered,
+            Phase::Ending | Phase::Quarantined => false,
+        };
+        let waits = is_yet_to_come && self.service.is_some();
+        (!waits && self.has_wanted()).then(|| self.wanted.remove(0))
+    }
+
     /// A connection to one of its sockets. Never blocks.
     ///
     /// # Errors
     /// As of `FromLauncher::Connected`.
-    pub fn connect(&self, to: ServiceSocket) -> Result<OwnedFd, Errno> {
-        let service = self.service.as_ref().ok_or(Errno::INVAL)?;
+    pub fn connect(&mut self, to: ServiceSocket) -> Result<OwnedFd, Errno> {
+        let service = self.service.as_mut().ok_or(Errno::INVAL)?;
         match self.phase {
             // Before that it is our own code that has the socket.
             Phase::Running if self.filtered => service.connect(to),
@@ -49,23 +75,6 @@ impl Run {
             && let Some(cgroup) = &self.cgroup
         {
             cgroup.freeze(frozen);
-        }
-    }
-
-    /// The directory for a socket of its own came, as the jail was built.
-    pub(super) fn take_directory(&mut self, directory: Option<OwnedFd>) -> io::Result<()> {
-        let Some(service) = self.service.as_mut().filter(|service| service.place.is_none()) else {
-            return Ok(());
-        };
-        service.directory = Some(directory.ok_or(Errno::BADF)?);
-        Ok(())
-    }
-
-    /// The program has its listening socket, which nobody else may have: when it is gone,
-    /// so is what could be connected to.
-    pub(super) fn hand_over(&mut self, call: &mut Call) {
-        if let (Some(service), Some(listening)) = (&mut self.service, call.listening.take()) {
-            service.inherited = Some(listening.inode);
         }
     }
 }
