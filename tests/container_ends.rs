@@ -177,7 +177,7 @@ fn docker_stopped_and_started_in_mid_run() {
     own.run("jail", "act", &[]).ok();
 
     docker.resume();
-    own.run("box", "act", &["print", "again"]).ok();
+    assert_eq!(works_again(&own, "box").text(), "again");
     nothing_left(&docker.docker, "box");
     own.stop();
 }

@@ -19,7 +19,7 @@ use nix::libc;
 use serde_json::{Value, json};
 
 /// For whatever Docker does.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn dispatcher() -> &'static Dispatcher {
     static SERVER: OnceLock<Dispatcher> = OnceLock::new();
