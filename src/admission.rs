@@ -15,19 +15,18 @@ mod tests;
 
 use std::{
     collections::{HashMap, VecDeque},
-    future::pending,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::{
     sync::{Notify, oneshot},
-    time::{Instant, sleep_until},
+    time::Instant,
 };
 use tracing::warn;
 
 use crate::{
-    execute::stop::StopSignal,
+    execute::stop::{StopSignal, until},
     names::Namespace,
     policy,
     units::{Limit, Size, Span},
@@ -201,10 +200,17 @@ impl Admission {
             return Ok(None);
         }
         state.memory += memory;
+        // It overtakes whoever waits for memory, as a call does.
+        let (taken, capacity) = (state.memory, state.capacity.memory);
+        for first in state.tenants.values_mut().filter_map(|tenant| tenant.waiting.front_mut()) {
+            if taken.saturating_add(first.memory) > capacity {
+                first.overtaken += 1;
+            }
+        }
         Ok(Some(Share { admission: self.clone(), memory }))
     }
 
-    /// Returns when memory was given back after it was first polled.
+    /// Returns when memory was given back after this was called.
     pub fn released(&self) -> impl Future<Output = ()> + '_ {
         self.news.released.notified()
     }
@@ -218,12 +224,14 @@ impl Admission {
     #[must_use]
     pub fn lacks_memory(&self) -> bool {
         let state = self.state();
-        state.tenants.values().any(|tenant| {
-            tenant.waiting.front().is_some_and(|first| {
-                first.concurrency.allows(tenant.running.saturating_add(1))
-                    && state.memory.saturating_add(first.memory) > state.capacity.memory
+        let has_place = state.capacity.runs.is_none_or(|runs| state.running < runs);
+        has_place
+            && state.tenants.values().any(|tenant| {
+                tenant.waiting.front().is_some_and(|first| {
+                    first.concurrency.allows(tenant.running.saturating_add(1))
+                        && state.memory.saturating_add(first.memory) > state.capacity.memory
+                })
             })
-        })
     }
 
     /// Waits for a permit, in turn. Cancel-safe: dropping the future gives the
@@ -519,12 +527,5 @@ pub struct Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.admission.give_back(|state| state.memory -= self.memory);
-    }
-}
-
-async fn until(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => sleep_until(moment).await,
-        None => pending().await,
     }
 }

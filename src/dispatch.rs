@@ -456,6 +456,7 @@ fn ask(
             executable: artifact.memory,
             executable_size: artifact.size,
             memory: terms.memory,
+            cpus: terms.cpus,
             stderr_limit: policy.limits.stderr,
             patience: policy.admission.queue_timeout,
         },

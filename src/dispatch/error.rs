@@ -109,9 +109,9 @@ impl From<NotServed> for CallError {
         match error {
             NotServed::Execute(error) => error.into(),
             NotServed::Admission(error) => error.into(),
-            error @ (NotServed::CrashLoop { .. } | NotServed::TooMany { .. }) => {
-                Self::Service(error)
-            }
+            error @ (NotServed::CrashLoop { .. }
+            | NotServed::NoRoom
+            | NotServed::TooMany { .. }) => Self::Service(error),
         }
     }
 }

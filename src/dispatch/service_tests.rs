@@ -25,7 +25,8 @@ use crate::{
     testing,
 };
 
-/// Answers every call with a message, but those of `Hang`.
+/// Answers every call with a message, but those of `Hang`; `Goodbye` ends the connection in
+/// good order.
 fn answerer(calls: Arc<AtomicU32>) -> Answerer {
     let runtime = tokio::runtime::Handle::current();
     Arc::new(move |stream: StdStream| {
@@ -36,6 +37,10 @@ fn answerer(calls: Arc<AtomicU32>) -> Answerer {
         runtime.spawn(async move {
             let Ok(mut connection) = h2::server::handshake(stream).await else { return };
             while let Some(Ok((request, respond))) = connection.accept().await {
+                if request.uri().path().ends_with("/Goodbye") {
+                    // It takes no more on this connection, and finishes what it has.
+                    connection.graceful_shutdown();
+                }
                 tokio::spawn(answer(request, respond, Arc::clone(&calls)));
             }
         });
@@ -234,6 +239,67 @@ async fn those_that_are_kept_put_nobody_out() {
     }
     let _second = bench.fake.launched();
     assert!(!bench.fake.was_asked());
+}
+
+#[tokio::test]
+async fn those_that_are_to_be_kept_are_no_calls_failure() {
+    // There is room for one of two.
+    let bench = bench(600 << 20, |policy| {
+        policy.instances.min = 2;
+        policy.artifacts.digests = vec![Digest::of(&sample(None))];
+    });
+    for round in 0..20 {
+        assert_eq!(bench.is_warm(inline()).await, round > 0);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_idle_one_of_another_shape_makes_way_too() {
+    let bench = bench(600 << 20, |_| {});
+    assert!(!bench.is_warm(inline()).await);
+    let mut verbose = inline();
+    verbose.args = vec!["-v".into()];
+    assert!(!bench.is_warm(verbose).await);
+}
+
+#[tokio::test]
+async fn one_that_becomes_idle_later_makes_way_as_well() {
+    let bench = bench(600 << 20, |_| {});
+    let mut hang = inline();
+    hang.method = "Hang".parse().unwrap();
+    hang.limits.timeout = Some(Duration::from_millis(30));
+    let outcome = bench.call(hang).await.result.unwrap().outcome;
+    assert_eq!(outcome.verdict, Verdict::TimedOut);
+    // It is looked at for a while, and nobody gives up a permit meanwhile.
+    let mut verbose = inline();
+    verbose.args = vec!["-v".into()];
+    let started = Instant::now();
+    assert!(!bench.is_warm(verbose).await);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_connection_that_is_closed_in_good_order_is_made_anew() {
+    let bench = bench(PLENTY, |policy| policy.instances.max = 1);
+    assert!(!bench.is_warm(inline()).await);
+    let mut hang = inline();
+    hang.method = "Hang".parse().unwrap();
+    hang.limits.timeout = Some(Duration::from_millis(500));
+    let (hung, ()) = tokio::join!(bench.call(hang), async {
+        while bench.calls.load(Ordering::Relaxed) < 2 {
+            tokio::task::yield_now().await;
+        }
+        let mut goodbye = inline();
+        goodbye.method = "Goodbye".parse().unwrap();
+        assert!(bench.is_warm(goodbye).await);
+        // The old one still has a call.
+        for _ in 0..3 {
+            assert!(bench.is_warm(inline()).await);
+        }
+    });
+    let answer = hung.result.unwrap().service.unwrap().answer;
+    assert_eq!(answer.unwrap_err(), Unanswered::TimedOut);
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use super::{
     capture::{Head, Tail},
     launcher::{Launcher, Registration},
     outcome::{self, Captured},
-    stop::StopSignal,
+    stop::{StopSignal, until},
 };
 use crate::{
     jail::message::{CALL_BLOB_MAX, End, FromLauncher, FromServer, Launch, StopCause},
@@ -303,13 +303,6 @@ async fn drain(
         tokio::time::timeout(OUTPUT_WAIT, output).await.unwrap_or(Ok(()))
     };
     read.map_err(|error| internal("reading the program's output", &error))
-}
-
-pub(super) async fn until(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => tokio::time::sleep_until(moment).await,
-        None => std::future::pending().await,
-    }
 }
 
 pub(super) fn before(wall: Duration) -> SystemTime {

@@ -25,7 +25,8 @@ use super::{
     ExecuteError, Invocation, Outcome,
     launcher::{Kept, Launcher, Registration},
     outcome::{self, Captured},
-    run::{ANSWER_WAIT, OUTPUT_WAIT, Plan, before, launch, prepare, until},
+    run::{ANSWER_WAIT, OUTPUT_WAIT, Plan, before, launch, prepare},
+    stop::until,
 };
 use crate::{
     jail::message::{End, FromLauncher, FromServer, ServiceSocket, Sight, StopCause},
@@ -49,6 +50,7 @@ const READ_PAUSE: Duration = Duration::from_millis(4);
 pub struct Service {
     run: RunId,
     requests: mpsc::Sender<Request>,
+    start: watch::Receiver<bool>,
     end: watch::Receiver<Option<Arc<Ended>>>,
     log: Arc<Mutex<Log>>,
 }
@@ -95,18 +97,28 @@ impl Service {
     /// Keeps it from using processor time, or lets it go on: where the host can. What is
     /// asked of it afterwards comes after that.
     pub fn freeze(&self, frozen: bool) {
-        // Not of one that has ended.
-        let _ = self.requests.try_send(Request::Freeze(frozen));
+        self.ask(Request::Freeze(frozen));
     }
 
     /// Ends it. [`Self::ended`] tells when it is gone.
     pub fn stop(&self) {
-        let requests = self.requests.clone();
-        if let Err(mpsc::error::TrySendError::Full(stop)) = requests.try_send(Request::Stop) {
+        self.ask(Request::Stop);
+    }
+
+    /// Asks what is not answered; nothing of one that has ended.
+    fn ask(&self, request: Request) {
+        if let Err(mpsc::error::TrySendError::Full(request)) = self.requests.try_send(request) {
+            let requests = self.requests.clone();
             tokio::spawn(async move {
-                let _ = requests.send(stop).await;
+                let _ = requests.send(request).await;
             });
         }
+    }
+
+    /// Returns when the program was told to start, or never will be. Cancel-safe.
+    pub async fn begun(&self) {
+        // An error means that the service's task is over.
+        let _ = self.start.clone().wait_for(|begun| *begun).await;
     }
 
     /// Returns when nothing of it is left, or nothing is to be learnt of it any more: how it
@@ -191,7 +203,8 @@ impl Launcher {
         drop(theirs);
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let (ended, end) = watch::channel(None);
-        let service = Service { run, requests, end, log: Arc::clone(&log) };
+        let (begun, start) = watch::channel(false);
+        let service = Service { run, requests, start, end, log: Arc::clone(&log) };
         let follow = Follow {
             launcher: self.clone(),
             registration,
@@ -199,16 +212,18 @@ impl Launcher {
             connects: VecDeque::new(),
             looks: VecDeque::new(),
             started: None,
+            begun,
             // Until it is started; then nothing is owed but what it is asked for.
             answer_by: Some(Instant::now() + ANSWER_WAIT),
         };
         let launcher = self.clone();
         tokio::spawn(async move {
-            let errors = tokio::spawn(read(ours.stderr, Some(Arc::clone(&log))));
+            let mut errors = tokio::spawn(read(ours.stderr, Some(Arc::clone(&log))));
             let output = tokio::spawn(read(ours.stdout, None));
             let followed = follow.until_it_ends().await;
             // What it wrote last; what could not be killed is not waited for.
-            let _ = tokio::time::timeout(OUTPUT_WAIT, errors).await;
+            let _ = tokio::time::timeout(OUTPUT_WAIT, &mut errors).await;
+            errors.abort();
             output.abort();
             let remains = match &followed {
                 Ok(Followed { end, .. }) => end.as_ref().is_some_and(|end| end.quarantined),
@@ -234,6 +249,7 @@ struct Follow {
     connects: VecDeque<oneshot::Sender<io::Result<OwnedFd>>>,
     looks: VecDeque<oneshot::Sender<Option<Sight>>>,
     started: Option<SystemTime>,
+    begun: watch::Sender<bool>,
     answer_by: Option<Instant>,
 }
 
@@ -278,6 +294,7 @@ impl Follow {
                         }
                         FromLauncher::Started { at, .. } => {
                             self.started = Some(at);
+                            self.begun.send_replace(true);
                             if !stopped {
                                 self.answer_by = None;
                             }

@@ -1,6 +1,6 @@
 //! Telling a call that nobody waits for it any more.
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 /// Stops the calls that hold a [`StopSignal`] made from it: when told to, or
 /// when it is dropped without [`StopHandle::disarm`].
@@ -81,6 +81,14 @@ impl StopSignal {
 async fn heard(receiver: &mut watch::Receiver<bool>) {
     if receiver.wait_for(|stopped| *stopped).await.is_err() {
         std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until then, or for ever. Cancel-safe.
+pub async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     admission::AdmissionError,
-    execute::stop::StopSignal,
+    execute::stop::{StopSignal, until},
     names::{MethodName, ServiceName},
     policy,
 };
@@ -235,6 +235,9 @@ impl Group {
             if starting > 0 {
                 return Ok(Found::Starting);
             }
+            if state.has_living(shape) {
+                return Ok(Found::Queued);
+            }
             let last = state.failure.as_ref().map(|failure| failure.what.in_short());
             let last = last.unwrap_or_default();
             return Err(NotServed::CrashLoop { last, retry_after: wait }.into());
@@ -246,9 +249,12 @@ impl Group {
             return Ok(Found::Starting);
         }
         // An idle one of another shape makes room.
-        if let Some(other) = state.members.iter_mut().find(|member| {
-            member.calls == 0 && member.shape != *shape && member.standing != Standing::Retired
-        }) {
+        let goes = |member: &Member| member.calls == 0 && member.standing == Standing::Retired;
+        if !state.members.iter().any(goes)
+            && let Some(other) = state.members.iter_mut().find(|member| {
+                member.calls == 0 && member.shape != *shape && member.standing != Standing::Retired
+            })
+        {
             other.standing = Standing::Retired;
             other.instance.service.stop();
         }
@@ -278,9 +284,14 @@ impl Group {
     }
 
     /// One that was being started never will be.
-    pub(super) fn not_started(&self, what: NoLease, shape: Shape) {
+    pub(super) fn not_started(&self, what: NoLease, shape: Shape, why: Start) {
         let mut state = self.state();
         state.no_longer_starting(&shape);
+        if why == Start::Kept && matches!(what, NoLease::NotServed(_)) {
+            // It is no call's failure: who waits for one has another begun.
+            drop(state);
+            return self.changed.notify_waiters();
+        }
         // Without a process there was none that could crash.
         if matches!(what, NoLease::Failed(_)) {
             state.count_failure();
@@ -299,7 +310,7 @@ impl Group {
         let by_itself = member.standing != Standing::Retired;
         if by_itself {
             if member.instance.ready_at.elapsed() >= SETTLED {
-                state.failures = 0;
+                state.forget_failures();
             }
             state.count_failure();
             // Those that it had are told by themselves; this is for the crash loop's words.
@@ -326,6 +337,7 @@ impl Group {
         match how {
             How::Answered => member.overruns = 0,
             How::Done => {}
+            How::Lost => member.standing = Standing::Retired,
             How::Overrun => {
                 member.abandoned += 1;
                 member.overruns += 1;
@@ -345,10 +357,13 @@ impl Group {
             review::examine(shared, self, instance);
         }
         if how == How::Answered {
-            state.failures = 0;
+            state.forget_failures();
         }
         let wake = !state.waiting.is_empty();
         drop(state);
+        if idle {
+            shared.room.notify_waiters();
+        }
         if wake {
             self.changed.notify_waiters();
         }
@@ -430,13 +445,12 @@ impl Group {
         next
     }
 
-    /// Since when its longest idle instance is, if nobody waits for one; and whether it is one
-    /// of those that are kept.
+    /// Since when its longest idle instance is that nobody waits for; and whether it is one of
+    /// those that are kept.
     pub(super) fn idle_since(&self) -> Option<(bool, Instant)> {
         let state = self.state();
-        let since = state.idle().map(|member| member.idle_since).min();
         let kept = state.count_ready() <= self.wanted();
-        since.filter(|_| state.waiting.is_empty()).map(|since| (kept, since))
+        state.spare().map(|member| member.idle_since).min().map(|since| (kept, since))
     }
 
     /// How many are kept whether or not there are calls.
@@ -447,11 +461,18 @@ impl Group {
     /// Ends that one: others need its memory more.
     pub(super) fn evict(&self) -> Option<Arc<Instance>> {
         let mut state = self.state();
-        let longest = state.idle().min_by_key(|member| member.idle_since)?.instance.clone();
+        let longest = state.spare().min_by_key(|member| member.idle_since)?.instance.clone();
         let index = state.position(&longest)?;
         state.members[index].standing = Standing::Retired;
         longest.service.stop();
         Some(longest)
+    }
+
+    /// Ends all of its instances.
+    pub(super) fn stop_all(&self) {
+        for member in &self.state().members {
+            member.instance.service.stop();
+        }
     }
 
     /// Whether nothing is lost with it.
@@ -481,6 +502,24 @@ impl State {
 
     fn idle(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|it| it.calls == 0 && it.standing == Standing::Ready)
+    }
+
+    /// Whether one of this shape is there that may come to have room.
+    fn has_living(&self, shape: &Shape) -> bool {
+        self.members
+            .iter()
+            .any(|member| member.shape == *shape && member.standing != Standing::Retired)
+    }
+
+    /// No crash loop, or none any more.
+    fn forget_failures(&mut self) {
+        self.failures = 0;
+        self.not_before = None;
+    }
+
+    /// Those that nobody waits for.
+    fn spare(&self) -> impl Iterator<Item = &Member> {
+        self.idle().filter(|member| !self.waiting.contains(&member.shape))
     }
 
     fn count_ready(&self) -> usize {
@@ -553,12 +592,5 @@ impl Drop for Place {
         if let Some(index) = state.waiting.iter().position(|other| *other == self.shape) {
             state.waiting.swap_remove(index);
         }
-    }
-}
-
-pub(super) async fn until(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => tokio::time::sleep_until(moment).await,
-        None => std::future::pending().await,
     }
 }

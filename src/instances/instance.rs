@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     os::unix::net::UnixStream as StdStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,7 +20,7 @@ use super::{Answered, Unanswered};
 use crate::{
     execute::{
         service::{Ended, Service},
-        stop::StopSignal,
+        stop::{StopSignal, until},
     },
     jail::{
         message::{ServiceSocket, Sight},
@@ -28,10 +31,14 @@ use crate::{
         reflection::{self, Method},
         unary::{Answer, CallFailure, Unary},
     },
+    units::{Limit, MilliCpus},
 };
 
 /// How long a service that has answered before may take to answer a new connection.
 pub(super) const RECONNECT_WAIT: Duration = Duration::from_secs(5);
+
+/// How long it may take to be told what is in force in it: else nothing is said of it.
+const LOOK_WAIT: Duration = Duration::from_secs(2);
 
 /// How long it may take to tell of its methods: else it has none to tell of.
 const REFLECTION_WAIT: Duration = Duration::from_secs(2);
@@ -39,8 +46,10 @@ const REFLECTION_WAIT: Duration = Duration::from_secs(2);
 /// Services of one instance whose methods are remembered.
 const SERVICES_MAX: usize = 64;
 
-/// How long a process that closed its connection may take to be known as ended.
+/// How long a process that closed its connection may take until its end is seen, and then
+/// until nothing is left of it.
 const END_WAIT: Duration = Duration::from_millis(250);
+const GONE_WAIT: Duration = Duration::from_secs(10);
 
 /// By how much a service may see the end of a call's time before us; a tenth of that time
 /// where that is less.
@@ -57,30 +66,46 @@ pub(super) struct Instance {
     /// Where it answered.
     pub(super) socket: ServiceSocket,
     pub(super) ready_at: Instant,
+    /// Processors that it may use.
+    pub(super) cpus: f64,
     /// What is in force in it: asked for while the first call is under way.
     sight: OnceCell<Option<Sight>>,
     connection: tokio::sync::Mutex<Option<Connection>>,
+    /// There was none to be had.
+    lost: AtomicBool,
     /// What is known of its services' methods: `None` for those that it doesn't tell of.
-    methods: Mutex<HashMap<String, Option<Arc<[Method]>>>>,
+    methods: Mutex<HashMap<String, Known>>,
 }
+
+/// A service's methods, once they were asked for.
+type Known = Arc<OnceCell<Option<Arc<[Method]>>>>;
 
 /// How a call on an instance went.
 #[derive(Debug)]
 pub(super) enum Exchange {
     Answered(Answered),
     Unanswered(Unanswered),
+    /// It gave up by itself when the call's time was over.
+    GaveUp,
     /// The process ended under it.
     Ended(Arc<Ended>),
 }
 
 impl Instance {
-    pub(super) fn new(service: Service, socket: ServiceSocket, connection: Connection) -> Self {
+    pub(super) fn new(
+        service: Service,
+        socket: ServiceSocket,
+        connection: Connection,
+        cpus: Limit<MilliCpus>,
+    ) -> Self {
         Self {
             service,
             socket,
             ready_at: Instant::now(),
+            cpus: cpus.finite().map_or(1.0, |cpus| cpus.as_f64().min(1.0)),
             sight: OnceCell::new(),
             connection: tokio::sync::Mutex::new(Some(connection)),
+            lost: AtomicBool::new(false),
             methods: Mutex::default(),
         }
     }
@@ -88,8 +113,9 @@ impl Instance {
     /// What is in force in it, and its OCI runtime; nothing of one that ended before it could
     /// be looked at.
     pub(super) async fn in_force(&self) -> (Vec<Control>, Option<String>) {
-        let sight = self.sight.get_or_init(|| self.service.look()).await;
-        let known = sight.as_ref();
+        let look = self.sight.get_or_init(|| self.service.look());
+        let sight = timeout(LOOK_WAIT, look).await;
+        let known = sight.ok().and_then(Option::as_ref);
         known.map_or_else(Default::default, |sight| (sight.enforced.clone(), sight.runtime.clone()))
     }
 
@@ -111,17 +137,29 @@ impl Instance {
         let over = end_by.is_some_and(|end| end <= Instant::now() + apart);
         match called {
             Ok(Answered { status, .. }) if over && GIVEN_UP.contains(&status.code) => {
-                Exchange::Unanswered(Unanswered::TimedOut)
+                Exchange::GaveUp
             }
             Ok(answered) => Exchange::Answered(answered),
             Err(why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_))) => {
-                // Its end comes by another way, and may come later.
-                match timeout(END_WAIT, self.service.ended()).await {
-                    Ok(ended) => Exchange::Ended(ended),
-                    Err(_) => Exchange::Unanswered(why),
+                match self.end().await {
+                    Some(ended) => Exchange::Ended(ended),
+                    None => Exchange::Unanswered(why),
                 }
             }
             Err(why) => Exchange::Unanswered(why),
+        }
+    }
+
+    /// Its end, which comes by another way than that of its connection, and may come later;
+    /// nothing where it lives on.
+    async fn end(&self) -> Option<Arc<Ended>> {
+        if let Ok(ended) = timeout(END_WAIT, self.service.ended()).await {
+            return Some(ended);
+        }
+        match self.service.look().await {
+            Some(_) => None,
+            // It is going: what is left of it may take a while.
+            None => timeout(GONE_WAIT, self.service.ended()).await.ok(),
         }
     }
 
@@ -139,7 +177,10 @@ impl Instance {
                     return Ok(Answered { status, message, output });
                 }
                 // It was closing the connection as we came: no harm in coming again.
-                Err(CallFailure::Lost { sent: false, .. }) if !retried => retried = true,
+                Err(CallFailure::Lost { sent: false, .. }) if !retried => {
+                    retried = true;
+                    self.forget(&connection).await;
+                }
                 Err(CallFailure::Lost { why, .. }) => return Err(Unanswered::ConnectionLost(why)),
                 Err(CallFailure::TooLarge(_)) => return Err(Unanswered::TooLarge),
                 Err(CallFailure::Streaming) => {
@@ -152,18 +193,39 @@ impl Instance {
         }
     }
 
-    /// The connection, made anew where it was closed.
+    /// The connection, made anew where it was closed. Where none can be made the instance is
+    /// lost, for those too that wait here.
     async fn connection(&self) -> Result<Connection, Unanswered> {
         let mut kept = self.connection.lock().await;
         if let Some(connection) = kept.as_ref().filter(|connection| !connection.is_closed()) {
             return Ok(connection.clone());
         }
         *kept = None;
+        let silent = || "no connection with the service: it doesn't answer".to_owned();
+        if self.is_lost() {
+            return Err(Unanswered::ConnectionLost(silent()));
+        }
         let made = timeout(RECONNECT_WAIT, self.connect()).await;
-        let made = made.unwrap_or_else(|_| Err("it doesn't answer".to_owned()));
-        let connection = made.map_err(Unanswered::ConnectionLost)?;
+        let made = made.unwrap_or_else(|_| Err(silent()));
+        let connection = made.map_err(|why| {
+            self.lost.store(true, Ordering::Relaxed);
+            Unanswered::ConnectionLost(why)
+        })?;
         *kept = Some(connection.clone());
         Ok(connection)
+    }
+
+    /// Makes no more calls on a connection: those that are under way on it go on.
+    async fn forget(&self, connection: &Connection) {
+        let mut kept = self.connection.lock().await;
+        if kept.as_ref().is_some_and(|kept| kept.is_same(connection)) {
+            *kept = None;
+        }
+    }
+
+    /// Whether it lives and can't be reached.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// A connection of its own, answered.
@@ -178,29 +240,37 @@ impl Instance {
         service: &str,
         method: &str,
     ) -> Result<Option<Method>, Unanswered> {
-        let known = self.methods().get(service).cloned();
-        let methods = match known {
-            Some(methods) => methods,
-            None => {
-                let asked = timeout(REFLECTION_WAIT, reflection::methods(connection, service));
-                let methods = match asked.await {
-                    Ok(Ok(methods)) => methods.map(Arc::from),
-                    Ok(Err(lost)) => return Err(Unanswered::ConnectionLost(lost.to_string())),
-                    Err(_) => None,
-                };
-                let mut known = self.methods();
-                if known.len() < SERVICES_MAX {
-                    known.insert(service.to_owned(), methods.clone());
-                }
-                methods
+        let known = self.known(service);
+        let ask = || async {
+            let asked = timeout(REFLECTION_WAIT, reflection::methods(connection, service));
+            match asked.await {
+                Ok(Ok(methods)) => Ok(methods.map(Arc::from)),
+                Ok(Err(lost)) => Err(Some(Unanswered::ConnectionLost(lost.to_string()))),
+                Err(_) => Err(None),
             }
+        };
+        // One asks, and all who come meanwhile wait for it.
+        let methods: &Option<Arc<[Method]>> = match known.get_or_try_init(ask).await {
+            Ok(methods) => methods,
+            Err(Some(lost)) => return Err(lost),
+            // It may have been busy: the next call asks again.
+            Err(None) => return Ok(None),
         };
         let found = methods.as_deref().and_then(|all| all.iter().find(|it| it.name == method));
         Ok(found.cloned())
     }
 
-    fn methods(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<[Method]>>>> {
-        self.methods.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What is known of a service's methods, or will be.
+    fn known(&self, service: &str) -> Known {
+        let mut methods = self.methods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = methods.get(service) {
+            return Arc::clone(known);
+        }
+        let unknown = Known::default();
+        if methods.len() < SERVICES_MAX {
+            methods.insert(service.to_owned(), Arc::clone(&unknown));
+        }
+        unknown
     }
 }
 
@@ -225,11 +295,4 @@ pub(super) async fn open(
         .and_then(|()| UnixStream::from_std(stream))
         .map_err(NoConnection::Socket)?;
     Connection::open(stream).await.map_err(NoConnection::Open)
-}
-
-async fn until(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => tokio::time::sleep_until(moment).await,
-        None => std::future::pending().await,
-    }
 }

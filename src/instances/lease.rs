@@ -11,6 +11,8 @@ pub(super) enum How {
     Answered,
     /// It is over for both sides.
     Done,
+    /// The service can't be reached any more.
+    Lost,
     /// It is over for us: its time was.
     Overrun,
     /// It is over for us: nobody waited for it any more.
@@ -48,6 +50,11 @@ impl Lease {
     /// The call is over, for the service too.
     pub(super) fn done(mut self) {
         self.how = How::Done;
+    }
+
+    /// The service can't be reached any more: it gets no more calls.
+    pub(super) fn lost(mut self) {
+        self.how = How::Lost;
     }
 
     /// The call's time was over: whether it is over for the service is to be seen.

@@ -67,6 +67,8 @@ struct Shared {
     groups: Mutex<HashMap<Key, Arc<Group>>>,
     /// Something may now end at another time than was thought.
     review: Arc<Notify>,
+    /// An instance has become idle, which may make room for another.
+    room: Notify,
     /// Somebody does so.
     watched: AtomicBool,
 }
@@ -112,6 +114,8 @@ pub struct Recipe {
     pub interpreter: Option<String>,
     /// Bytes of memory that it may have.
     pub memory: Limit<u64>,
+    /// Share of processor time that it may have.
+    pub cpus: Limit<MilliCpus>,
     /// Bytes of its standard error that are kept.
     pub stderr_limit: Limit<u64>,
     /// How long it may wait for memory.
@@ -240,6 +244,9 @@ pub enum NotServed {
         /// When the next may be started.
         retry_after: Duration,
     },
+    /// There is no room for one that nobody waits for.
+    #[error("there is no memory for an instance that is only to be kept")]
+    NoRoom,
     /// There are as many services as may be remembered.
     #[error("there are too many services; come again later")]
     TooMany {
@@ -269,6 +276,7 @@ impl Instances {
             policies,
             groups: Mutex::default(),
             review: Arc::default(),
+            room: Notify::new(),
             watched: AtomicBool::new(false),
         });
         Self { shared }
@@ -308,7 +316,9 @@ impl Instances {
         let mark = lease.instance().service.logged();
         let exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
         // Where our clock and the service's were apart.
-        let over = matches!(exchange, Exchange::Unanswered(Unanswered::TimedOut)) && end_by == own;
+        let timed_out =
+            matches!(exchange, Exchange::GaveUp | Exchange::Unanswered(Unanswered::TimedOut));
+        let over = timed_out && end_by == own;
         let least = call.timeout.filter(|_| over).unwrap_or_default();
         let wall = now.elapsed().max(least);
         let times = Times { started, setup, wall };
@@ -345,6 +355,15 @@ impl Shared {
     }
 }
 
+impl Drop for Shared {
+    /// Nobody is left to call them.
+    fn drop(&mut self) {
+        for group in self.all_groups() {
+            group.stop_all();
+        }
+    }
+}
+
 struct Times {
     started: SystemTime,
     setup: Duration,
@@ -366,10 +385,18 @@ async fn told(
             lease.answered();
             Ok(answered)
         }
+        Exchange::GaveUp => {
+            lease.done();
+            Err(Unanswered::TimedOut)
+        }
         Exchange::Unanswered(why) => {
             match &why {
                 Unanswered::TimedOut => lease.overrun(),
-                Unanswered::Cancelled => lease.cancelled(),
+                // It goes on, or not: for us it is over.
+                Unanswered::Cancelled
+                | Unanswered::TooLarge
+                | Unanswered::Streaming { called: true } => lease.cancelled(),
+                Unanswered::ConnectionLost(_) if instance.is_lost() => lease.lost(),
                 _ => lease.done(),
             }
             Err(why)

@@ -18,8 +18,8 @@ const GONE_WAIT: Duration = Duration::from_secs(5);
 
 /// How long a service may go on with calls that were given up.
 const GRACE: Duration = Duration::from_secs(1);
-/// How its processor time is looked at meanwhile, and the share of one processor that is
-/// not the work of a call.
+/// How its processor time is looked at meanwhile, and the share that is not the work of a
+/// call: of one processor, or of what it may have where that is less.
 const WINDOW: Duration = Duration::from_millis(100);
 const QUIET: f64 = 0.25;
 
@@ -92,14 +92,15 @@ pub(super) fn examine(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<I
     let (shared, group, instance) = (Arc::clone(shared), Arc::clone(group), Arc::clone(instance));
     tokio::spawn(async move {
         let answers = timeout(GRACE, instance.connect());
-        let quiet = is_quiet(&instance.service);
+        let quiet = is_quiet(&instance.service, QUIET * instance.cpus);
         let (answers, quiet) = tokio::join!(answers, quiet);
         group.examined(&instance, quiet && matches!(answers, Ok(Ok(_))));
         shared.review.notify_one();
+        shared.room.notify_waiters();
     });
 }
 
-async fn is_quiet(service: &Service) -> bool {
+async fn is_quiet(service: &Service, most: f64) -> bool {
     let end = Instant::now() + GRACE;
     let mut before = used(service).await;
     while Instant::now() < end {
@@ -108,7 +109,7 @@ async fn is_quiet(service: &Service) -> bool {
         let now = used(service).await;
         let (Some(from), Some(to)) = (before, now) else { return false };
         let share = (to.saturating_sub(from)).as_secs_f64() / begun.elapsed().as_secs_f64();
-        if share < QUIET {
+        if share < most {
             return true;
         }
         before = now;
@@ -117,5 +118,7 @@ async fn is_quiet(service: &Service) -> bool {
 }
 
 async fn used(service: &Service) -> Option<Duration> {
-    service.look().await.map(|sight| sight.user + sight.system)
+    let sight = service.look().await?;
+    // Nothing at all is what is seen where nothing can be: no program starts for nothing.
+    Some(sight.user + sight.system).filter(|used| !used.is_zero())
 }

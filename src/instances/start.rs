@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::{
@@ -20,6 +20,7 @@ use crate::{
     execute::{
         ExecuteError, Outcome, Verdict,
         service::{Ended, Service},
+        stop::until,
     },
     jail::message::ServiceSocket,
     names::RunId,
@@ -59,13 +60,14 @@ pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe, wh
                 tokio::spawn(async move { looked_at.in_force().await });
                 group.started(instance, shape);
                 shared.review.notify_one();
+                shared.room.notify_waiters();
             }
             Err(what) => {
                 info!(
                     namespace = %group.key.namespace, artifact = %group.key.artifact,
                     why = %what.in_short(), "no instance could be started"
                 );
-                group.not_started(what, shape);
+                group.not_started(what, shape, why);
             }
         }
     });
@@ -93,7 +95,7 @@ async fn start(
     recipe: &Recipe,
     why: Start,
 ) -> Result<Instance, NoLease> {
-    let share = memory(shared, recipe, why).await.map_err(NotServed::from)?;
+    let share = memory(shared, recipe, why).await?;
     let (begun, started) = (Instant::now(), SystemTime::now());
     let run = RunId::random().map_err(|error| {
         let error = error.to_string();
@@ -110,7 +112,11 @@ async fn start(
         ended = service.ended() => {
             return Err(failed(&service, &ended, Unanswered::EndedAtStart));
         }
-        () = sleep_until(begun + within) => Err(Unanswered::StartTimeout(within)),
+        // Until then it is not the service that is slow.
+        () = async {
+            service.begun().await;
+            sleep(within).await;
+        } => Err(Unanswered::StartTimeout(within)),
     };
     match ready {
         Ok((socket, connection)) => {
@@ -118,7 +124,7 @@ async fn start(
                 instance = %run, namespace = %group.key.namespace, artifact = %group.key.artifact,
                 took = ?begun.elapsed(), "an instance is ready"
             );
-            Ok(Instance::new(service, socket, connection))
+            Ok(Instance::new(service, socket, connection, recipe.cpus))
         }
         Err(why) => {
             service.stop();
@@ -134,24 +140,21 @@ async fn start(
 }
 
 /// Its memory; idle instances make room for it.
-async fn memory(
-    shared: &Arc<Shared>,
-    recipe: &Recipe,
-    why: Start,
-) -> Result<Share, AdmissionError> {
+async fn memory(shared: &Arc<Shared>, recipe: &Recipe, why: Start) -> Result<Share, NotServed> {
     let begun = Instant::now();
     let patience = recipe.patience.finite();
     loop {
-        let released = shared.admission.released();
-        let room = {
+        // Made before the look, so that nothing is missed between the two.
+        let (released, room) = (shared.admission.released(), shared.room.notified());
+        let fits = {
             let count = Instances { shared: Arc::clone(shared) }.count();
             count.busy + count.idle + count.starting <= INSTANCES_MAX
         };
-        if room && let Some(share) = shared.admission.share(recipe.memory)? {
+        if fits && let Some(share) = shared.admission.share(recipe.memory)? {
             return Ok(share);
         }
         if why == Start::Kept {
-            return Err(AdmissionError::QueueFull { waiting: 0, retry_after: RETRY_AFTER });
+            return Err(NotServed::NoRoom);
         }
         if review::evict(shared).await {
             continue;
@@ -159,9 +162,11 @@ async fn memory(
         let end = patience.and_then(|patience| begun.checked_add(patience));
         tokio::select! {
             () = released => {}
-            () = super::group::until(end) => {
+            () = room => {}
+            () = until(end) => {
                 let waited = patience.unwrap_or_default();
-                return Err(AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER });
+                let late = AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER };
+                return Err(late.into());
             }
         }
     }

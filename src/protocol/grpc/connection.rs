@@ -126,6 +126,12 @@ impl Connection {
         let _ = self.expected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
+    /// Whether this is a clone of `other`.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.task, &other.task)
+    }
+
     /// Whether no call can be made on it any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {

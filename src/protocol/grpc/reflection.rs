@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use http::HeaderMap;
 use prost::Message as _;
-use prost_types::{FileDescriptorProto, MethodDescriptorProto};
 use tonic_reflection::pb::{v1, v1alpha};
 
 use super::{
@@ -18,7 +17,9 @@ const SERVICES: [&str; 2] =
     ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
 
 /// Bytes of an answer: descriptors of one file and what it depends on.
-const ANSWER_MAX: u64 = 4 << 20;
+const ANSWER_MAX: u64 = 1 << 20;
+/// Methods of a service that are believed.
+const METHODS_MAX: usize = 1024;
 /// Bytes of a type's name that are believed.
 const NAME_MAX: usize = 512;
 
@@ -91,32 +92,76 @@ fn files_of_v1alpha(answer: Bytes) -> Option<Vec<Vec<u8>>> {
     }
 }
 
+/// Of a `google.protobuf.FileDescriptorProto`, what is asked for here. The rest isn't even
+/// taken apart: a few bytes of it can stand for much memory.
+#[derive(Clone, PartialEq, prost::Message)]
+struct File {
+    #[prost(string, tag = "2")]
+    package: String,
+    #[prost(message, repeated, tag = "6")]
+    services: Vec<Service>,
+}
+
+/// Of a `ServiceDescriptorProto`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Service {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(message, repeated, tag = "2")]
+    methods: Vec<Described>,
+}
+
+/// Of a `MethodDescriptorProto`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Described {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "3")]
+    output: String,
+    #[prost(bool, tag = "5")]
+    client_streaming: bool,
+    #[prost(bool, tag = "6")]
+    server_streaming: bool,
+}
+
 fn methods_in(files: &[Vec<u8>], service: &str) -> Option<Vec<Method>> {
     files.iter().find_map(|bytes| {
-        let file = FileDescriptorProto::decode(&bytes[..]).ok()?;
-        let package = file.package().to_owned();
+        let File { package, services } = File::decode(&bytes[..]).ok()?;
         let full = |name: &str| match package.as_str() {
             "" => name.to_owned(),
             package => format!("{package}.{name}"),
         };
-        let found = file.service.into_iter().find(|found| full(found.name()) == service)?;
-        Some(found.method.into_iter().filter_map(method).collect())
+        let found = services.into_iter().find(|found| full(&found.name) == service)?;
+        Some(found.methods.into_iter().take(METHODS_MAX).filter_map(method).collect())
     })
 }
 
-/// `None` for one whose output has no believable name.
-fn method(method: MethodDescriptorProto) -> Option<Method> {
-    let streaming = method.client_streaming() || method.server_streaming();
-    let output = method.output_type().trim_start_matches('.').to_owned();
+/// `None` for one whose name or output can't be believed.
+fn method(described: Described) -> Option<Method> {
+    let streaming = described.client_streaming || described.server_streaming;
+    let output = described.output.trim_start_matches('.').to_owned();
     let legal = |c: u8| c.is_ascii_alphanumeric() || c == b'_' || c == b'.';
-    let believable = !output.is_empty() && output.len() <= NAME_MAX && output.bytes().all(legal);
-    believable.then(|| Method { name: method.name().to_owned(), output, streaming })
+    let believable =
+        |name: &str| !name.is_empty() && name.len() <= NAME_MAX && name.bytes().all(legal);
+    let believed = believable(&described.name) && believable(&output);
+    believed.then_some(Method { name: described.name, output, streaming })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prost_types::ServiceDescriptorProto;
+    use prost_types::{FileDescriptorProto, MethodDescriptorProto, ServiceDescriptorProto};
+
+    #[test]
+    fn what_is_not_asked_for_is_not_taken_apart() {
+        // A million empty messages, two bytes each.
+        let mut file = [0x22, 0].repeat(1 << 20);
+        file.extend(
+            File { package: "a".into(), services: vec![Service::default()] }.encode_to_vec(),
+        );
+        let decoded = File::decode(&file[..]).unwrap();
+        assert_eq!((decoded.package.as_str(), decoded.services.len()), ("a", 1));
+    }
 
     #[test]
     fn methods_are_found_by_the_services_full_name() {

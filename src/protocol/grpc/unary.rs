@@ -18,7 +18,7 @@ const PREFIX: usize = 5;
 const ONE_PIECE: usize = 16 << 10;
 
 /// How long an answer may go on after its message: then it is a stream.
-const END_WAIT: Duration = Duration::from_secs(2);
+const END_WAIT: Duration = Duration::from_secs(5);
 
 /// Trailers of an answer that are passed on, and bytes of them together.
 const TRAILERS_MAX: usize = 64;
