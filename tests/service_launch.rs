@@ -138,6 +138,20 @@ fn a_socket_that_another_user_listens_at_is_not_the_runs() {
     instance.stop();
 }
 
+/// Of direct runs all are the same user's, so that each can listen where another is to.
+#[test]
+fn a_socket_that_another_run_listens_at_is_not_the_runs() {
+    let services = Services::start();
+    let (instance, other) = (services.instance(Mode::Direct), services.instance(Mode::Direct));
+    other.has(&format!("bind {}", instance.facts.one("GRPC_UNIX_SOCKET")));
+    assert_eq!(instance.connect(ServiceSocket::Own).unwrap_err(), libc::EPERM);
+    other.stop();
+    instance.has("remove");
+    instance.has("bind");
+    assert_eq!(instance.ask(ServiceSocket::Own, "hello"), "own ok");
+    instance.stop();
+}
+
 #[test]
 fn no_other_run_reaches_its_sockets() {
     let services = Services::start();

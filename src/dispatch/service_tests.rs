@@ -303,6 +303,33 @@ async fn a_connection_that_is_closed_in_good_order_is_made_anew() {
 }
 
 #[tokio::test]
+async fn what_is_started_for_nobody_makes_way_first() {
+    // What begins with a byte more never answers.
+    let deaf = || [sample(None), vec![0]].concat();
+    let calls = Arc::new(AtomicU32::new(0));
+    let answerer = answerer(Arc::clone(&calls));
+    let size = sample(None).len() as u64;
+    let bench = with(
+        600 << 20,
+        |_| {},
+        calls,
+        move |launch| match launch.executable_size == size {
+            true => Behaviour::Serve(Arc::clone(&answerer)),
+            false => Behaviour::Wait,
+        },
+    );
+    let call = || Call { source: Source::Inline(deaf().into()), ..testing::call() };
+    let left = tokio::time::timeout(Duration::from_millis(100), bench.call(call())).await;
+    assert!(left.is_err(), "its caller goes away while it starts");
+    let started = bench.fake.launched().launch.run;
+    // It has all the memory there is, for ten seconds more.
+    let began = Instant::now();
+    assert!(!bench.is_warm(inline()).await);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!(bench.fake.stopped().0, started);
+}
+
+#[tokio::test]
 async fn calls_beyond_all_instances_wait_as_long_as_they_may() {
     let bench = bench(PLENTY, |policy| {
         policy.instances.max = 1;

@@ -14,9 +14,10 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    Ask, Count, Key, NotServed, Recipe, Served, Shape, Shared,
+    Ask, Count, Key, NotServed, Recipe, Shape, Shared,
     instance::Instance,
     lease::{How, Lease},
+    members::{Failure, Member, NoLease, Standing, Starting, State},
     review,
     start::{self, Start},
 };
@@ -26,12 +27,6 @@ use crate::{
     names::{MethodName, ServiceName},
     policy,
 };
-
-/// Starts that fail one after the other before the next has to wait, how long it waits
-/// then, and at the most: twice as long each time.
-const FAILURES_FREE: u32 = 2;
-const BACKOFF_MIN: Duration = Duration::from_millis(250);
-const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 /// An instance that lived for so long is no part of a crash loop.
 const SETTLED: Duration = Duration::from_secs(10);
@@ -54,85 +49,6 @@ pub(super) struct Group {
     pub(super) pinned: bool,
     state: Mutex<State>,
     changed: Notify,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    members: Vec<Member>,
-    /// Shapes of those that are being started.
-    starting: Vec<Shape>,
-    /// Shapes of calls that wait.
-    waiting: Vec<Shape>,
-    /// Of the newest call; what `min` is kept by.
-    recipe: Option<Recipe>,
-    failure: Option<Failure>,
-    /// Failures one after the other.
-    failures: u32,
-    /// How many there were in all.
-    failed: u64,
-    not_before: Option<Instant>,
-    /// Its policy isn't in force any more.
-    superseded: bool,
-}
-
-#[derive(Debug)]
-struct Failure {
-    /// The how manyeth.
-    number: u64,
-    shape: Shape,
-    what: NoLease,
-}
-
-#[derive(Debug)]
-struct Member {
-    instance: Arc<Instance>,
-    shape: Shape,
-    standing: Standing,
-    /// Calls that it has now, and has had.
-    calls: u32,
-    served: u64,
-    /// Calls that ended for us, and perhaps not for it.
-    abandoned: u32,
-    /// Of them, those one after the other.
-    overruns: u32,
-    idle_since: Instant,
-    frozen: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    /// Gets calls.
-    Ready,
-    /// Is looked at: it gets none until it was seen quiet.
-    Examined,
-    /// Gets no more, and ends with the last that it has.
-    Retired,
-}
-
-/// Why a call has no instance.
-#[derive(Clone, Debug)]
-pub(super) enum NoLease {
-    /// For want of a process.
-    NotServed(NotServed),
-    /// The process was no service; in the words of a call that was served.
-    Failed(Box<Served>),
-}
-
-impl From<NotServed> for NoLease {
-    fn from(error: NotServed) -> Self {
-        Self::NotServed(error)
-    }
-}
-
-impl Member {
-    fn has_room(&self, shape: &Shape, rules: &policy::Instances) -> bool {
-        let taken = self.calls.saturating_add(self.abandoned);
-        self.standing == Standing::Ready
-            && self.shape == *shape
-            && taken < rules.concurrency
-            && rules.max_requests.allows(self.served.saturating_add(1))
-            && !self.instance.service.is_ended()
-    }
 }
 
 impl Group {
@@ -243,9 +159,10 @@ impl Group {
             return Err(NotServed::CrashLoop { last, retry_after: wait }.into());
         }
         if state.members.len() + state.starting.len() < self.rules.max as usize {
-            state.starting.push(shape.clone());
+            let starting = Starting::new(shape);
+            state.starting.push(Arc::clone(&starting));
             state.recipe = Some(recipe.clone());
-            start::begin(shared, self, recipe.clone(), Start::Called);
+            start::begin(shared, self, recipe.clone(), Start::Called, starting);
             return Ok(Found::Starting);
         }
         // An idle one of another shape makes room.
@@ -262,9 +179,10 @@ impl Group {
     }
 
     /// One that was being started is ready.
-    pub(super) fn started(&self, instance: Arc<Instance>, shape: Shape) {
+    pub(super) fn started(&self, instance: Arc<Instance>, starting: &Arc<Starting>) {
         let mut state = self.state();
-        state.no_longer_starting(&shape);
+        state.no_longer_starting(starting);
+        let shape = starting.shape.clone();
         state.members.push(Member {
             instance,
             shape,
@@ -284,10 +202,12 @@ impl Group {
     }
 
     /// One that was being started never will be.
-    pub(super) fn not_started(&self, what: NoLease, shape: Shape, why: Start) {
+    pub(super) fn not_started(&self, what: NoLease, starting: &Arc<Starting>, why: Start) {
         let mut state = self.state();
-        state.no_longer_starting(&shape);
-        if why == Start::Kept && matches!(what, NoLease::NotServed(_)) {
+        state.no_longer_starting(starting);
+        let shape = starting.shape.clone();
+        let given_up = matches!(what, NoLease::NotServed(NotServed::NoRoom));
+        if given_up || why == Start::Kept && matches!(what, NoLease::NotServed(_)) {
             // It is no call's failure: who waits for one has another begun.
             drop(state);
             return self.changed.notify_waiters();
@@ -436,8 +356,9 @@ impl Group {
             match state.not_before.filter(|at| *at > now) {
                 Some(at) => due(at),
                 None => {
-                    state.starting.push(recipe.shape.clone());
-                    start::begin(shared, self, recipe, Start::Kept);
+                    let starting = Starting::new(&recipe.shape);
+                    state.starting.push(Arc::clone(&starting));
+                    start::begin(shared, self, recipe, Start::Kept, starting);
                 }
             }
             due(now + review::LACKING_AGAIN);
@@ -456,6 +377,24 @@ impl Group {
     /// How many are kept whether or not there are calls.
     fn wanted(&self) -> usize {
         if self.pinned { self.rules.min as usize } else { 0 }
+    }
+
+    /// Whether a call waits for one of this shape.
+    pub(super) fn is_waited_for(&self, starting: &Starting) -> bool {
+        self.state().waiting.contains(&starting.shape)
+    }
+
+    /// Gives one up that is being started and that nobody waits for any more.
+    pub(super) fn abandon_one(&self) -> bool {
+        let mut state = self.state();
+        let State { starting, waiting, .. } = &mut *state;
+        let unwanted = starting.iter().position(|one| !waiting.contains(&one.shape));
+        // It is told once.
+        let given_up = unwanted.map(|index| starting.swap_remove(index));
+        if let Some(one) = &given_up {
+            one.abandoned.notify_one();
+        }
+        given_up.is_some()
     }
 
     /// Ends that one: others need its memory more.
@@ -492,82 +431,6 @@ impl Group {
         count.busy += busy;
         count.idle += state.members.len() - busy;
         count.starting += state.starting.len();
-    }
-}
-
-impl State {
-    fn position(&self, instance: &Arc<Instance>) -> Option<usize> {
-        self.members.iter().position(|member| Arc::ptr_eq(&member.instance, instance))
-    }
-
-    fn idle(&self) -> impl Iterator<Item = &Member> {
-        self.members.iter().filter(|it| it.calls == 0 && it.standing == Standing::Ready)
-    }
-
-    /// Whether one of this shape is there that may come to have room.
-    fn has_living(&self, shape: &Shape) -> bool {
-        self.members
-            .iter()
-            .any(|member| member.shape == *shape && member.standing != Standing::Retired)
-    }
-
-    /// No crash loop, or none any more.
-    fn forget_failures(&mut self) {
-        self.failures = 0;
-        self.not_before = None;
-    }
-
-    /// Those that nobody waits for.
-    fn spare(&self) -> impl Iterator<Item = &Member> {
-        self.idle().filter(|member| !self.waiting.contains(&member.shape))
-    }
-
-    fn count_ready(&self) -> usize {
-        self.members.iter().filter(|member| member.standing == Standing::Ready).count()
-    }
-
-    /// Instances that will soon be ready: those that are being started, and those that are
-    /// looked at and may well be of use.
-    fn count_coming(&self, shape: &Shape) -> usize {
-        let starting = self.starting.iter().filter(|other| *other == shape).count();
-        let examined = self
-            .members
-            .iter()
-            .filter(|member| member.standing == Standing::Examined && member.shape == *shape);
-        starting + examined.count()
-    }
-
-    fn no_longer_starting(&mut self, shape: &Shape) {
-        if let Some(index) = self.starting.iter().position(|other| other == shape) {
-            self.starting.swap_remove(index);
-        }
-    }
-
-    fn retire_idle(&mut self) {
-        for member in &mut self.members {
-            if member.calls == 0 && member.standing != Standing::Retired {
-                member.standing = Standing::Retired;
-                member.instance.service.stop();
-            }
-        }
-    }
-
-    fn count_failure(&mut self) {
-        self.failures = self.failures.saturating_add(1);
-        let over = self.failures.saturating_sub(FAILURES_FREE);
-        if over > 0 {
-            let wait = BACKOFF_MIN.saturating_mul(1 << (over - 1).min(16)).min(BACKOFF_MAX);
-            self.not_before = Some(Instant::now() + wait);
-        }
-    }
-}
-
-impl NoLease {
-    pub(super) fn in_short(&self) -> String {
-        match self {
-            Self::NotServed(error) => error.to_string(),
-            Self::Failed(failed) => failed.in_short(),
-        }
     }
 }
 

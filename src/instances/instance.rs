@@ -215,6 +215,11 @@ impl Instance {
         Ok(connection)
     }
 
+    /// Makes all further calls on this connection.
+    pub(super) async fn adopt(&self, connection: Connection) {
+        *self.connection.lock().await = Some(connection);
+    }
+
     /// Makes no more calls on a connection: those that are under way on it go on.
     async fn forget(&self, connection: &Connection) {
         let mut kept = self.connection.lock().await;

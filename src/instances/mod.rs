@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `group` | the instances of one artifact, under one policy, of one namespace |
+//! | `members` | what a group has |
 //! | `lease` | a call's share of an instance |
 //! | `start` | from a launch to an instance that has answered |
 //! | `instance` | one process, the connection with it, a call on it |
@@ -15,6 +16,7 @@
 mod group;
 mod instance;
 mod lease;
+mod members;
 mod review;
 mod start;
 
@@ -31,11 +33,7 @@ use std::{
 use bytes::Bytes;
 use tokio::{sync::Notify, time::Instant};
 
-use self::{
-    group::{Group, NoLease},
-    instance::Exchange,
-    lease::Lease,
-};
+use self::{group::Group, instance::Exchange, lease::Lease, members::NoLease};
 use crate::{
     admission::{Admission, AdmissionError},
     execute::{ExecuteError, Executors, Invocation, Outcome, Verdict, stop::StopSignal},

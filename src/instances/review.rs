@@ -74,11 +74,16 @@ fn is_in_force(policies: &PolicySet, group: &Group) -> bool {
     })
 }
 
-/// Ends the longest idle instance of all, and waits until it is gone. False where none is
-/// idle.
+/// Ends an instance that is being started for nobody, or else the longest idle of all, and
+/// waits until it is gone. False where there is none.
 pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
-    let longest = shared
-        .all_groups()
+    let groups = shared.all_groups();
+    // What nobody waits for any more goes first, ready or not.
+    let released = shared.admission.released();
+    if groups.iter().any(|group| group.abandon_one()) {
+        return timeout(GONE_WAIT, released).await.is_ok();
+    }
+    let longest = groups
         .into_iter()
         .filter_map(|group| Some((group.idle_since()?, group)))
         // Those that are to be kept come last.
@@ -94,7 +99,15 @@ pub(super) fn examine(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<I
         let answers = timeout(GRACE, instance.connect());
         let quiet = is_quiet(&instance.service, QUIET * instance.cpus);
         let (answers, quiet) = tokio::join!(answers, quiet);
-        group.examined(&instance, quiet && matches!(answers, Ok(Ok(_))));
+        let fine = match answers {
+            // What was given up may still stand before others on the old one.
+            Ok(Ok(connection)) if quiet => {
+                instance.adopt(connection).await;
+                true
+            }
+            _ => false,
+        };
+        group.examined(&instance, fine);
         shared.review.notify_one();
         shared.room.notify_waiters();
     });

@@ -11,8 +11,9 @@ use tracing::{info, warn};
 
 use super::{
     INSTANCES_MAX, Instances, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
-    group::{Group, NoLease},
+    group::Group,
     instance::{Instance, NoConnection, open},
+    members::{NoLease, Starting},
     review, shared_out,
 };
 use crate::{
@@ -48,17 +49,22 @@ pub(super) enum Start {
 }
 
 /// Starts one, for whoever waits by the time that it is ready.
-pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe, why: Start) {
+pub(super) fn begin(
+    shared: &Arc<Shared>,
+    group: &Arc<Group>,
+    recipe: Recipe,
+    why: Start,
+    starting: Arc<Starting>,
+) {
     let (shared, group) = (Arc::clone(shared), Arc::clone(group));
     tokio::spawn(async move {
-        let shape = recipe.shape.clone();
-        match start(&shared, &group, &recipe, why).await {
+        match start(&shared, &group, &recipe, why, &starting).await {
             Ok(instance) => {
                 let instance = Arc::new(instance);
                 follow(&shared, &group, &instance);
                 let looked_at = Arc::clone(&instance);
                 tokio::spawn(async move { looked_at.in_force().await });
-                group.started(instance, shape);
+                group.started(instance, &starting);
                 shared.review.notify_one();
                 shared.room.notify_waiters();
             }
@@ -67,7 +73,7 @@ pub(super) fn begin(shared: &Arc<Shared>, group: &Arc<Group>, recipe: Recipe, wh
                     namespace = %group.key.namespace, artifact = %group.key.artifact,
                     why = %what.in_short(), "no instance could be started"
                 );
-                group.not_started(what, shape, why);
+                group.not_started(what, &starting, why);
             }
         }
     });
@@ -94,8 +100,12 @@ async fn start(
     group: &Arc<Group>,
     recipe: &Recipe,
     why: Start,
+    starting: &Starting,
 ) -> Result<Instance, NoLease> {
-    let share = memory(shared, recipe, why).await?;
+    let share = memory(shared, recipe, why, starting).await?;
+    if why == Start::Called && !group.is_waited_for(starting) {
+        return Err(NotServed::NoRoom.into());
+    }
     let (begun, started) = (Instant::now(), SystemTime::now());
     let run = RunId::random().map_err(|error| {
         let error = error.to_string();
@@ -111,6 +121,11 @@ async fn start(
         ready = answered(&service) => ready,
         ended = service.ended() => {
             return Err(failed(&service, &ended, Unanswered::EndedAtStart));
+        }
+        () = starting.abandoned.notified() => {
+            service.stop();
+            let _ = timeout(STOP_WAIT, service.ended()).await;
+            return Err(NotServed::NoRoom.into());
         }
         // Until then it is not the service that is slow.
         () = async {
@@ -140,7 +155,12 @@ async fn start(
 }
 
 /// Its memory; idle instances make room for it.
-async fn memory(shared: &Arc<Shared>, recipe: &Recipe, why: Start) -> Result<Share, NotServed> {
+async fn memory(
+    shared: &Arc<Shared>,
+    recipe: &Recipe,
+    why: Start,
+    starting: &Starting,
+) -> Result<Share, NotServed> {
     let begun = Instant::now();
     let patience = recipe.patience.finite();
     loop {
@@ -163,6 +183,7 @@ async fn memory(shared: &Arc<Shared>, recipe: &Recipe, why: Start) -> Result<Sha
         tokio::select! {
             () = released => {}
             () = room => {}
+            () = starting.abandoned.notified() => return Err(NotServed::NoRoom),
             () = until(end) => {
                 let waited = patience.unwrap_or_default();
                 let late = AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER };

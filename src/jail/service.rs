@@ -156,7 +156,7 @@ impl Service {
             connected => connected?,
         };
         // Who listens there, not who owns the inode: a link could be to another's.
-        if sys::peer_uid(connection.as_fd()).map_err(errno)? != self.program {
+        if sys::peer(connection.as_fd()).map_err(errno)?.1 != self.program {
             return Err(Errno::PERM);
         }
         Ok(connection)

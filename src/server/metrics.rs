@@ -132,14 +132,15 @@ impl Collector for Gauges {
         let artifacts = self.dispatcher.artifacts_held();
         let connections = self.connections.counts();
         let instances = self.dispatcher.instances();
-        let gauges: [(&str, &str, Option<Unit>, u64); 14] = [
+        let gauges: [(&str, &str, Option<Unit>, u64); 15] = [
             ("running", "Runs under way", None, load.running.into()),
             ("waiting", "Calls that wait for their turn", None, load.waiting as u64),
             ("memory_reserved", "Memory limits of what runs, added up", BYTES, load.memory),
             ("memory_budget", "What they may add up to", BYTES, load.budget),
             ("quarantined", "Ended runs that can't be removed yet", None, self.quarantined()),
             ("instances_busy", "Services with a call", None, instances.busy as u64),
-            ("instances_idle", "Services kept for the next", None, instances.idle as u64),
+            ("instances_idle", "Services without a call", None, instances.idle as u64),
+            ("instances_starting", "Services not ready yet", None, instances.starting as u64),
             ("artifacts", "Executables held", None, artifacts.count as u64),
             ("artifacts_size", "Memory that they take", BYTES, artifacts.bytes),
             ("inflight", "Bytes of requests and replies held", BYTES, self.bytes.used()),

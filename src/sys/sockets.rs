@@ -20,12 +20,12 @@ pub fn stream_socket(nonblocking: bool) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Whom a connected AF_UNIX socket's other end belongs to, SO_PEERCRED of unix(7): for one
-/// that listened, its user id when it began to.
+/// Whose a connected AF_UNIX socket's other end is, SO_PEERCRED of unix(7): for one that
+/// listened, pid and user id of who began to. The pid is 0 for one that isn't ours to see.
 ///
 /// # Errors
 /// Those of getsockopt(2).
-pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32)> {
     // Not by rustix: its pid can't be 0, which one of another pid namespace is.
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
@@ -39,5 +39,5 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
             &raw mut length,
         )
     };
-    if got == 0 { Ok(peer.uid) } else { Err(io::Error::last_os_error()) }
+    if got == 0 { Ok((peer.pid, peer.uid)) } else { Err(io::Error::last_os_error()) }
 }

@@ -104,7 +104,7 @@ static int act(const char *word, const char *argument)
 	if (!*word || !strcmp(word, "hello"))
 		return 0;
 	if (!strcmp(word, "bind"))
-		return bind_at(path);
+		return bind_at(where);
 	if (!strcmp(word, "link"))
 		return symlink(where, path);
 	if (!strcmp(word, "fifo"))

@@ -2,7 +2,8 @@
 
 use std::{
     cell::Cell,
-    fs::File,
+    ffi::OsStr,
+    fs::{self, File},
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -332,6 +333,19 @@ impl Cgroup {
             Kind::Legacy => v1::oom(&memory.path),
         };
         counts.ok()
+    }
+
+    /// Whether who listened at the other end of a connection is a process of this cgroup's,
+    /// by its name, which no other has, in /proc/PID/cgroup, cgroups(7). Without directories
+    /// there is nothing to tell that by.
+    #[must_use]
+    pub fn has_peer(&self, connection: &OwnedFd) -> bool {
+        let Some(name) = self.sources.first().and_then(|source| source.path.file_name()) else {
+            return true;
+        };
+        let Ok((pid, _)) = crate::sys::peer(connection.as_fd()) else { return false };
+        let listing = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        listing.lines().any(|line| line.rsplit('/').next().map(OsStr::new) == Some(name))
     }
 
     /// Removes its directories.

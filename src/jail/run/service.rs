@@ -45,7 +45,15 @@ impl Run {
         let service = self.service.as_mut().ok_or(Errno::INVAL)?;
         match self.phase {
             // Before that it is our own code that has the socket.
-            Phase::Running if self.filtered => service.connect(to),
+            Phase::Running if self.filtered => {
+                let connection = service.connect(to)?;
+                // In direct mode others are the same user: theirs is another cgroup.
+                let ours = || self.cgroup.as_ref().is_none_or(|it| it.has_peer(&connection));
+                if to == ServiceSocket::Own && !ours() {
+                    return Err(Errno::PERM);
+                }
+                Ok(connection)
+            }
             Phase::Building | Phase::Waiting | Phase::Running => Err(Errno::NOENT),
             Phase::Ending | Phase::Quarantined => Err(Errno::SRCH),
         }

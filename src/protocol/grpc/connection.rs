@@ -8,10 +8,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -23,6 +20,8 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
+
+use super::frames::{Allowance, FRAME_HEADER, Frames, SETTINGS};
 
 /// Bytes under way on one call and on the connection before we take them: large messages
 /// come at full speed, and no faster than they are read.
@@ -38,16 +37,6 @@ const HEADERS_MAX: u32 = 16 << 10;
 /// Bytes of one message that are taken from it at once, to be sent.
 const SEND_BUFFER: usize = 1 << 20;
 
-/// Bytes that come besides answers: for a connection, and with each call. More is a flood.
-/// (Messages are held up by HTTP/2 itself; what else a server may send is not.)
-const BESIDES: u64 = 1 << 20;
-const BESIDES_CALL: u64 = 64 << 10;
-/// Calls whose answers may be under way at once, for the same reckoning.
-const CALLS_MAX: u64 = 256;
-
-/// A frame's header, RFC 9113, 4.1: length, type, flags, stream.
-const FRAME_HEADER: usize = 9;
-const SETTINGS: u8 = 4;
 /// Bytes of SETTINGS that are still believed.
 const SETTINGS_MAX: usize = 16 << 10;
 
@@ -66,7 +55,7 @@ pub enum OpenError {
 #[derive(Clone, Debug)]
 pub struct Connection {
     pub(super) sender: SendRequest<Bytes>,
-    expected: Arc<AtomicU64>,
+    allowance: Arc<Allowance>,
     task: Arc<Task>,
 }
 
@@ -87,12 +76,12 @@ impl Connection {
     /// [`OpenError`]
     pub async fn open(socket: UnixStream) -> Result<Self, OpenError> {
         let (greet, greeted) = oneshot::channel();
-        let expected = Arc::new(AtomicU64::new(BESIDES));
+        let allowance = Arc::new(Allowance::default());
         let socket = Listening {
             socket,
             first: Vec::new(),
             greet: Some(greet),
-            expected: Arc::clone(&expected),
+            frames: Frames::new(Arc::clone(&allowance)),
         };
         let (sender, connection) = Builder::new()
             .enable_push(false)
@@ -109,7 +98,7 @@ impl Connection {
             // Whoever has a call on it learns of it there.
             let _ = connection.await;
         });
-        let connection = Self { sender, expected, task: Arc::new(Task(task)) };
+        let connection = Self { sender, allowance, task: Arc::new(Task(task)) };
         match greeted.await {
             Ok(Greeting::Settings) => Ok(connection),
             Ok(Greeting::Foreign(bytes)) => Err(OpenError::Foreign(shown(&bytes))),
@@ -117,13 +106,9 @@ impl Connection {
         }
     }
 
-    /// There may be an answer of so many bytes more.
-    pub(super) fn expect(&self, answer: u64) {
-        let more = answer.saturating_add(BESIDES_CALL);
-        let most = more.saturating_mul(CALLS_MAX).saturating_add(BESIDES);
-        let add = |expected: u64| Some(expected.saturating_add(more).min(most.max(expected)));
-        // It never fails: `add` always has a sum.
-        let _ = self.expected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+    /// A call is made, with a message of so many bytes, and an answer of so many at most.
+    pub(super) fn expect(&self, message: u64, answer: u64) {
+        self.allowance.expect(message, answer);
     }
 
     /// Whether this is a clone of `other`.
@@ -173,8 +158,7 @@ struct Listening {
     first: Vec<u8>,
     /// Taken once that is known.
     greet: Option<oneshot::Sender<Greeting>>,
-    /// Bytes that may still come.
-    expected: Arc<AtomicU64>,
+    frames: Frames,
 }
 
 impl Listening {
@@ -207,11 +191,8 @@ impl AsyncRead for Listening {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(context, buffer))?;
         self.hear(&buffer.filled()[before..]);
-        let length = (buffer.filled().len() - before) as u64;
-        let left = |expected: u64| expected.checked_sub(length);
-        let flooded =
-            self.expected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).is_err();
-        Poll::Ready(if flooded { Err(io::Error::other("it sends without end")) } else { Ok(()) })
+        let within = self.frames.take(&buffer.filled()[before..]);
+        Poll::Ready(if within { Ok(()) } else { Err(io::Error::other("it sends without end")) })
     }
 }
 
@@ -295,14 +276,14 @@ mod tests {
                 // Its answers are taken, or it would be held up by them.
                 let _ = theirs.try_read(&mut ignored);
                 match theirs.write(&ping).await {
-                    Ok(length) => sent += length as u64,
+                    Ok(length) => sent += length,
                     Err(_) => return sent,
                 }
             }
         };
         let (opened, sent) = tokio::join!(Connection::open(ours), floods);
         assert!(opened.unwrap().is_closed());
-        assert!(sent < 3 * BESIDES, "{sent}");
+        assert!(sent < 4 << 20, "{sent}");
     }
 
     #[tokio::test]

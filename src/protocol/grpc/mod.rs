@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `connection` | one HTTP/2 connection, known to be answered |
+//! | `frames` | what a server may send, and no more |
 //! | `unary` | one call on it: bytes in, bytes and a status out |
 //! | `reflection` | what a method answers with, by the server's own word |
 //! | `metadata` | what a caller may add to a call's headers |
@@ -11,6 +12,7 @@
 //! nothing here believes the server: what it sends is bounded, and a lie is told as one.
 
 pub mod connection;
+mod frames;
 pub mod metadata;
 pub mod reflection;
 pub mod unary;

@@ -139,7 +139,7 @@ fn methods_in(files: &[Vec<u8>], service: &str) -> Option<Vec<Method>> {
 /// `None` for one whose name or output can't be believed.
 fn method(described: Described) -> Option<Method> {
     let streaming = described.client_streaming || described.server_streaming;
-    let output = described.output.trim_start_matches('.').to_owned();
+    let output = described.output.strip_prefix('.').unwrap_or(&described.output).to_owned();
     let legal = |c: u8| c.is_ascii_alphanumeric() || c == b'_' || c == b'.';
     let believable =
         |name: &str| !name.is_empty() && name.len() <= NAME_MAX && name.bytes().all(legal);

@@ -109,7 +109,7 @@ impl Connection {
         // Where it takes no more calls at once, this waits until it does.
         let mut sender = self.sender.clone().ready().await.map_err(unsent)?;
         let (response, mut body) = sender.send_request(head, false).map_err(unsent)?;
-        self.expect(call.limit);
+        self.expect(call.message.len() as u64, call.limit);
         // All of it at once: it is in memory, and goes as the service takes it.
         let (prefix, message) = framed(&call.message);
         let sent = match message {
@@ -265,7 +265,8 @@ fn status(headers: &HeaderMap) -> Result<ServiceStatus, CallFailure> {
     let Some(code) = headers.get(STATUS) else {
         return Err(CallFailure::Malformed("it has no grpc-status".to_owned()));
     };
-    let code = code.to_str().ok().and_then(|text| text.parse::<u8>().ok());
+    let code = code.to_str().ok().filter(|text| is_plain(text));
+    let code = code.and_then(|text| text.parse::<u8>().ok());
     let message = headers.get(MESSAGE).map_or(&b""[..], HeaderValue::as_bytes);
     let mut trailers = Vec::new();
     let mut bytes = 0;
@@ -283,6 +284,11 @@ fn status(headers: &HeaderMap) -> Result<ServiceStatus, CallFailure> {
         message: decoded(message),
         trailers,
     })
+}
+
+/// Digits alone, as a status code is written.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|c| c.is_ascii_digit()) && (text.len() == 1 || !text.starts_with('0'))
 }
 
 /// A status message is percent-encoded UTF-8; what isn't is taken as it is.
@@ -386,7 +392,7 @@ mod tests {
                 trailers: vec![trailer("x-cause", "a"), trailer("grpc-status-details-bin", "!!")],
             })
         );
-        for lie in ["999", "-1", "17", "text", ""] {
+        for lie in ["999", "-1", "17", "text", "", "007", "+0"] {
             assert_eq!(status(&trailers(&[(STATUS, lie)])).unwrap().code, UNKNOWN, "{lie}");
         }
         assert!(status(&trailers(&[("x", "y")])).is_err());

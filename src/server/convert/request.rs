@@ -142,7 +142,10 @@ fn context(entries: HashMap<String, String>) -> Result<AskedByContext, FormError
                     metadata::check(name, &value).map_err(|what| {
                         FormError::bad("execution_context.metadata", format!("{name:?} {what}"))
                     })?;
-                    asked.metadata.insert(name.to_owned(), value);
+                    if asked.metadata.insert(name.to_ascii_lowercase(), value).is_some() {
+                        let what = format!("{name:?} is given twice, in other letters");
+                        return Err(FormError::bad("execution_context.metadata", what));
+                    }
                 }
                 None => asked.ignored.push(key),
             },

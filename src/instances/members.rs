@@ -1,0 +1,181 @@
+//! What a group has: its instances, those that are being started, who waits, what failed.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::Notify, time::Instant};
+
+use super::{NotServed, Recipe, Served, Shape, instance::Instance};
+use crate::policy;
+
+/// Starts that fail one after the other before the next has to wait, how long it waits
+/// then, and at the most: twice as long each time.
+const FAILURES_FREE: u32 = 2;
+const BACKOFF_MIN: Duration = Duration::from_millis(250);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) members: Vec<Member>,
+    /// Those that are being started.
+    pub(super) starting: Vec<Arc<Starting>>,
+    /// Shapes of calls that wait.
+    pub(super) waiting: Vec<Shape>,
+    /// Of the newest call; what `min` is kept by.
+    pub(super) recipe: Option<Recipe>,
+    pub(super) failure: Option<Failure>,
+    /// Failures one after the other.
+    pub(super) failures: u32,
+    /// How many there were in all.
+    pub(super) failed: u64,
+    pub(super) not_before: Option<Instant>,
+    /// Its policy isn't in force any more.
+    pub(super) superseded: bool,
+}
+
+/// One that is being started.
+#[derive(Debug)]
+pub(super) struct Starting {
+    pub(super) shape: Shape,
+    /// It is given up: nobody waits for it, and others need its memory.
+    pub(super) abandoned: Notify,
+}
+
+impl Starting {
+    pub(super) fn new(shape: &Shape) -> Arc<Self> {
+        Arc::new(Self { shape: shape.clone(), abandoned: Notify::new() })
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// The how manyeth.
+    pub(super) number: u64,
+    pub(super) shape: Shape,
+    pub(super) what: NoLease,
+}
+
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) instance: Arc<Instance>,
+    pub(super) shape: Shape,
+    pub(super) standing: Standing,
+    /// Calls that it has now, and has had.
+    pub(super) calls: u32,
+    pub(super) served: u64,
+    /// Calls that ended for us, and perhaps not for it.
+    pub(super) abandoned: u32,
+    /// Of them, those one after the other.
+    pub(super) overruns: u32,
+    pub(super) idle_since: Instant,
+    pub(super) frozen: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Gets calls.
+    Ready,
+    /// Is looked at: it gets none until it was seen quiet.
+    Examined,
+    /// Gets no more, and ends with the last that it has.
+    Retired,
+}
+
+/// Why a call has no instance.
+#[derive(Clone, Debug)]
+pub(super) enum NoLease {
+    /// For want of a process.
+    NotServed(NotServed),
+    /// The process was no service; in the words of a call that was served.
+    Failed(Box<Served>),
+}
+
+impl From<NotServed> for NoLease {
+    fn from(error: NotServed) -> Self {
+        Self::NotServed(error)
+    }
+}
+
+impl Member {
+    pub(super) fn has_room(&self, shape: &Shape, rules: &policy::Instances) -> bool {
+        let taken = self.calls.saturating_add(self.abandoned);
+        self.standing == Standing::Ready
+            && self.shape == *shape
+            && taken < rules.concurrency
+            && rules.max_requests.allows(self.served.saturating_add(1))
+            && !self.instance.service.is_ended()
+    }
+}
+
+impl State {
+    pub(super) fn position(&self, instance: &Arc<Instance>) -> Option<usize> {
+        self.members.iter().position(|member| Arc::ptr_eq(&member.instance, instance))
+    }
+
+    pub(super) fn idle(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|it| it.calls == 0 && it.standing == Standing::Ready)
+    }
+
+    /// Whether one of this shape is there that may come to have room.
+    pub(super) fn has_living(&self, shape: &Shape) -> bool {
+        self.members
+            .iter()
+            .any(|member| member.shape == *shape && member.standing != Standing::Retired)
+    }
+
+    /// No crash loop, or none any more.
+    pub(super) fn forget_failures(&mut self) {
+        self.failures = 0;
+        self.not_before = None;
+    }
+
+    /// Those that nobody waits for.
+    pub(super) fn spare(&self) -> impl Iterator<Item = &Member> {
+        self.idle().filter(|member| !self.waiting.contains(&member.shape))
+    }
+
+    pub(super) fn count_ready(&self) -> usize {
+        self.members.iter().filter(|member| member.standing == Standing::Ready).count()
+    }
+
+    /// Instances that will soon be ready: those that are being started, and those that are
+    /// looked at and may well be of use.
+    pub(super) fn count_coming(&self, shape: &Shape) -> usize {
+        let starting = self.starting.iter().filter(|other| other.shape == *shape).count();
+        let examined = self
+            .members
+            .iter()
+            .filter(|member| member.standing == Standing::Examined && member.shape == *shape);
+        starting + examined.count()
+    }
+
+    pub(super) fn no_longer_starting(&mut self, starting: &Arc<Starting>) {
+        self.starting.retain(|other| !Arc::ptr_eq(other, starting));
+    }
+
+    pub(super) fn retire_idle(&mut self) {
+        for member in &mut self.members {
+            if member.calls == 0 && member.standing != Standing::Retired {
+                member.standing = Standing::Retired;
+                member.instance.service.stop();
+            }
+        }
+    }
+
+    pub(super) fn count_failure(&mut self) {
+        self.failures = self.failures.saturating_add(1);
+        let over = self.failures.saturating_sub(FAILURES_FREE);
+        if over > 0 {
+            let wait = BACKOFF_MIN.saturating_mul(1 << (over - 1).min(16)).min(BACKOFF_MAX);
+            self.not_before = Some(Instant::now() + wait);
+        }
+    }
+}
+
+impl NoLease {
+    pub(super) fn in_short(&self) -> String {
+        match self {
+            Self::NotServed(error) => error.to_string(),
+            Self::Failed(failed) => failed.in_short(),
+        }
+    }
+}
