@@ -195,6 +195,16 @@ static void headers(struct peer *peer)
 		frame(peer, HEADERS, END_HEADERS, peer->stream, block, 5);
 }
 
+static void bomb(struct peer *peer)
+{
+	/* A field of the static table for each byte: accept-encoding: gzip, deflate. */
+	char block[250];
+	memset(block, 0x90, sizeof block);
+	begin_answer(peer);
+	for (;;)
+		frame(peer, HEADERS, END_HEADERS, peer->stream, block, sizeof block);
+}
+
 static void trailers(struct peer *peer)
 {
 	enum { COUNT = 10000 };
@@ -368,6 +378,7 @@ static const struct way {
 	{ "huge", huge, NULL, NULL },
 	{ "continuation", continuation, NULL, NULL },
 	{ "headers", headers, NULL, NULL },
+	{ "bomb", bomb, NULL, NULL },
 	{ "trailers", trailers, NULL, NULL },
 	{ "pings", pings, NULL, NULL },
 	{ "hang", hang, NULL, NULL },

@@ -110,7 +110,7 @@ fn bad_answers_are_errors(at: &Mode) {
 
 /// Endless ones cost neither time nor memory without end.
 fn floods_end(at: &Mode) {
-    let ways = ["huge", "continuation", "headers", "trailers", "pings"];
+    let ways = ["huge", "continuation", "headers", "bomb", "trailers", "pings"];
     let dispatcher = start(at, &ways);
     for way in ways {
         let reply = attack(&dispatcher, way);

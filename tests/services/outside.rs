@@ -439,7 +439,7 @@ fn hostile_services_are() {
     fn ends(frames: &[Frame], kind: u8) -> bool {
         frames.last().is_some_and(|last| last.kind == kind && last.flags & END_STREAM != 0)
     }
-    let ways: [(&str, Sight); 20] = [
+    let ways: [(&str, Sight); 21] = [
         ("ok", |f| has(f, "grpc-status\x010") && ends(f, HEADERS) && count(f, DATA) == 1),
         ("no-trailers", |f| !has(f, "grpc-status") && ends(f, DATA)),
         ("no-status", |f| !has(f, "grpc-status") && ends(f, HEADERS)),
@@ -458,6 +458,7 @@ fn hostile_services_are() {
                 && f.iter().all(|f| f.kind == SETTINGS || f.flags & END_HEADERS == 0)
         }),
         ("headers", |f| count(f, HEADERS) > 1000),
+        ("bomb", |f| count(f, HEADERS) > 1000),
         ("trailers", |f| {
             let block: usize = f.iter().filter(|f| f.stream == 1).map(|f| f.payload.len()).sum();
             count(f, CONTINUATION) > 5 && block > 80_000
