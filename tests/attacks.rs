@@ -366,8 +366,10 @@ fn logs_cannot_be_forged() {
     let sly = "x verdict=FORGED namespace=other";
     let call = Call::new("labels", "act").option(|options| options.request_id = sly.into());
     dispatcher().call(call);
+    // A call is on record soon after its answer. This one's request_id is quoted there.
+    let on_record = || dispatcher().log().contains(&format!(" request_id={sly:?} "));
+    wait_until("it is on record", Duration::from_secs(10), on_record);
     let log = dispatcher().log();
-    assert!(log.contains(&format!(" request_id={sly:?} ")), "quoted");
     assert!(!log.contains('\u{1b}') && !log.contains('\u{7}'), "escapes in the log");
     assert!(!log.lines().any(|line| line.starts_with("level=ERROR forged")), "a forged line");
 }

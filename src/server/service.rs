@@ -87,12 +87,10 @@ impl CollectiveDispatcher for Handler {
         let task = tokio::spawn(async move {
             let (message, summary, record) =
                 answer(&dispatcher, request, sealed, context, record, &executor_id).await;
-            // After the answer, not before; the drain waits for it.
-            tokio::spawn(async move {
-                audit::record(&record);
-                metrics.count(&record);
-                drop(ticket);
-            });
+            // Before the answer: whoever has it finds the call on record.
+            audit::record(&record);
+            metrics.count(&record);
+            drop(ticket);
             (message, summary)
         });
         let joined = task.await;
