@@ -27,7 +27,7 @@ use rustix::net::{
 pub use aside::run_aside;
 pub use mapping::Mapping;
 pub use memfd::{SealedBytes, Unsealed, sealed_memfd};
-pub use sockets::{peer, stream_socket};
+pub use sockets::{connect_to_inode, open_socket, peer, stream_socket};
 
 /// Most descriptors one packet can carry here.
 pub const FDS_MAX: usize = 32;

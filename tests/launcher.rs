@@ -1,11 +1,11 @@
 //! The launcher by itself, driven over its own protocol: what a captured
 //! server could do, and what it can't.
 
+mod common;
 #[path = "launcher/driver.rs"]
 mod driver;
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{Read as _, Write as _},
     os::fd::{AsRawFd as _, OwnedFd},
@@ -18,7 +18,7 @@ use dispatcher::{
             End, Exhausted, FromLauncher, FromServer, Launch, MESSAGE_MAX, Refusal, StopCause,
             WaitStatus,
         },
-        plan::{Allowed, Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId},
+        plan::{Allowed, HostUser, Mode, Root, Template, TemplateId},
         seccomp::{filter::sock_filter, notify},
     },
     names::{Digest, RunId},
@@ -29,27 +29,10 @@ use dispatcher::{
 use driver::{Io, Launcher, Outcome, SET, descriptors, send};
 
 fn template() -> Template {
-    Template {
-        id: TemplateId { policy: "test".into(), variant: 0 },
-        modes: vec![Mode::Jail],
-        best_effort: vec![],
-        limits: Limits::default(),
-        filesystem: Filesystem {
-            root: Root::Host,
-            tmp: Some(Limit::At(1 << 20)),
-            tmp_exec: false,
-            binds: vec![],
-        },
-        network: Network::None,
-        syscalls: dispatcher::jail::seccomp::profile::default_profile(),
-        keep_capabilities: vec![],
-        user: None,
-        environment: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
-        environment_allow: vec![],
-        interpreters: vec![],
-        container: Default::default(),
-        listens: false,
-    }
+    let mut template = common::template::template();
+    template.modes = vec![Mode::Jail];
+    template.filesystem.root = Root::Host;
+    template
 }
 
 fn launch(argc: u32, envc: u32, size: usize) -> Launch {

@@ -13,7 +13,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::Path,
@@ -21,22 +21,19 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::{
-    fs::{
-        FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatfs, fstatvfs, openat2,
-    },
+    fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatfs, fstatvfs, openat2},
     io::Errno,
-    net::{
-        AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send,
-        socket_with,
-    },
+    net::{SendFlags, send},
     process::Pid,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
 use super::protocol::{GO, LISTENER_PATH, SERVICE_DIRECTORY};
-use crate::jail::message::{SERVICE_SOCKET, ServiceSocket};
+use crate::{
+    jail::message::{SERVICE_SOCKET, ServiceSocket},
+    sys,
+};
 
 /// Size of the directory's file system, in bytes and in inodes: it is for sockets.
 pub const SIZE: u64 = 64 << 10;
@@ -147,31 +144,13 @@ impl Service {
     /// The inode of a socket in the directory, in whose place the program can put what it
     /// likes.
     fn socket(&self, name: &Path) -> Result<OwnedFd, Errno> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let here = ResolveFlags::BENEATH
-            | ResolveFlags::NO_SYMLINKS
-            | ResolveFlags::NO_MAGICLINKS
-            | ResolveFlags::NO_XDEV;
-        let found = openat2(&self.directory, name, flags, Mode::empty(), here);
-        let found = found.map_err(|error| match error {
-            Errno::LOOP | Errno::XDEV => Errno::PERM,
-            other => other,
-        })?;
-        match FileType::from_raw_mode(fstat(&found)?.st_mode) {
-            FileType::Socket => Ok(found),
-            _ => Err(Errno::PERM),
-        }
+        sys::open_socket(&self.directory, name)
     }
 
     fn connect_to(&self, inode: &OwnedFd) -> Result<OwnedFd, Errno> {
         let socket = self.make_socket()?;
-        let path = format!("/proc/self/fd/{}", inode.as_raw_fd());
-        match connect(&socket, &SocketAddrUnix::new(path)?) {
-            Ok(()) => Ok(socket),
-            // It is no stream's.
-            Err(Errno::PROTOTYPE) => Err(Errno::PERM),
-            Err(error) => Err(error),
-        }
+        sys::connect_to_inode(&socket, inode)?;
+        Ok(socket)
     }
 
     /// A socket of the container's network namespace, made by a thread that goes there and
@@ -179,8 +158,7 @@ impl Service {
     fn make_socket(&self) -> Result<OwnedFd, Errno> {
         let make = || {
             move_into_link_name_space(self.network.as_fd(), Some(LinkNameSpaceType::Network))?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            sys::stream_socket(true).map_err(errno)
         };
         thread::scope(|scope| {
             let builder = thread::Builder::new().name("docker-socket".into()).stack_size(STACK);
@@ -193,8 +171,11 @@ impl Service {
 
 /// Who listens at the other end: the pid of who called listen(2), unix(7).
 fn peer(connection: &OwnedFd) -> Result<i32, Errno> {
-    let peer = getsockopt(connection, PeerCredentials);
-    peer.map(|peer| peer.pid()).map_err(|error| Errno::from_raw_os_error(error as i32))
+    sys::peer(connection.as_fd()).map(|(pid, _)| pid).map_err(errno)
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 fn is_as_asked(directory: &OwnedFd) -> Result<bool, Errno> {

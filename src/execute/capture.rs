@@ -96,12 +96,18 @@ impl Tail {
         }
     }
 
-    fn keep(&mut self, bytes: &[u8]) {
+    pub(super) fn keep(&mut self, bytes: &[u8]) {
         let newest = &bytes[bytes.len().saturating_sub(self.limit)..];
         let excess = (self.kept.len() + newest.len()).saturating_sub(self.limit);
         self.dropped |= excess > 0 || newest.len() < bytes.len();
         self.kept.drain(..excess);
         self.kept.extend(newest);
+    }
+
+    /// The newest bytes that were kept, so many at most.
+    pub(super) fn newest(&self, count: usize) -> Bytes {
+        let skipped = self.kept.len().saturating_sub(count);
+        self.kept.iter().skip(skipped).copied().collect()
     }
 
     /// What was kept, and whether there was more before it.

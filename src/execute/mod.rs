@@ -133,6 +133,35 @@ pub struct Outcome {
     pub quarantined: bool,
 }
 
+impl Outcome {
+    /// One of which only the verdict and the start are known.
+    #[must_use]
+    pub fn unknown(verdict: Verdict, started: SystemTime) -> Self {
+        Self {
+            verdict,
+            exit_code: 0,
+            signal: 0,
+            stdout: Bytes::new(),
+            stdout_truncated: false,
+            stderr: Bytes::new(),
+            stderr_truncated: false,
+            started,
+            setup: Duration::ZERO,
+            wall: Duration::ZERO,
+            user: Duration::ZERO,
+            system: Duration::ZERO,
+            memory_peak: 0,
+            pids_peak: 0,
+            enforced: Vec::new(),
+            runtime: None,
+            denied_syscall: String::new(),
+            refused_syscalls: Vec::new(),
+            failure: None,
+            quarantined: false,
+        }
+    }
+}
+
 /// A piece of a running program's output, as it comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Chunk {

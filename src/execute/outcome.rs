@@ -1,6 +1,6 @@
 //! Which verdict: the contract's order of precedence, in one place.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 
@@ -102,26 +102,13 @@ fn verdict(end: &End, output_exceeded: bool) -> (Verdict, Option<(&'static str, 
 
 fn lost(captured: Captured, started: SystemTime) -> Outcome {
     Outcome {
-        verdict: Verdict::Failed,
-        exit_code: 0,
-        signal: 0,
         stdout: captured.stdout,
         stdout_truncated: captured.stdout_truncated,
         stderr: captured.stderr,
         stderr_truncated: captured.stderr_truncated,
-        started,
-        setup: Duration::ZERO,
         wall: started.elapsed().unwrap_or_default(),
-        user: Duration::ZERO,
-        system: Duration::ZERO,
-        memory_peak: 0,
-        pids_peak: 0,
-        enforced: Vec::new(),
-        runtime: None,
-        denied_syscall: String::new(),
-        refused_syscalls: Vec::new(),
         failure: Some(("launcher_lost", "the launcher died under the run".to_owned())),
-        quarantined: false,
+        ..Outcome::unknown(Verdict::Failed, started)
     }
 }
 

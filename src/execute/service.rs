@@ -23,6 +23,7 @@ use tracing::debug;
 
 use super::{
     ExecuteError, Invocation, Outcome,
+    capture::Tail,
     launcher::{Kept, Launcher, Registration},
     outcome::{self, Captured},
     run::{ANSWER_WAIT, OUTPUT_WAIT, Plan, before, launch, prepare},
@@ -156,30 +157,26 @@ impl Service {
 /// The newest of what a service has written.
 #[derive(Debug)]
 struct Log {
-    limit: usize,
-    kept: VecDeque<u8>,
+    tail: Tail,
     written: u64,
 }
 
 impl Log {
     fn new(limit: Limit<u64>) -> Self {
         let limit = limit.finite().unwrap_or(LOG_MAX).min(LOG_MAX);
-        Self { limit: limit as usize, kept: VecDeque::new(), written: 0 }
+        Self { tail: Tail::new(Limit::At(limit)), written: 0 }
     }
 
     fn keep(&mut self, bytes: &[u8]) {
         self.written += bytes.len() as u64;
-        let newest = &bytes[bytes.len().saturating_sub(self.limit)..];
-        let excess = (self.kept.len() + newest.len()).saturating_sub(self.limit);
-        self.kept.drain(..excess);
-        self.kept.extend(newest);
+        self.tail.keep(bytes);
     }
 
     fn since(&self, mark: u64) -> (Bytes, bool) {
         let wanted = usize::try_from(self.written.saturating_sub(mark)).unwrap_or(usize::MAX);
-        let skipped = self.kept.len().saturating_sub(wanted);
-        let bytes: Vec<u8> = self.kept.iter().skip(skipped).copied().collect();
-        (bytes.into(), wanted > self.kept.len())
+        let newest = self.tail.newest(wanted);
+        let is_all = newest.len() == wanted;
+        (newest, !is_all)
     }
 }
 

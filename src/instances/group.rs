@@ -172,8 +172,7 @@ impl Group {
                 member.calls == 0 && member.shape != *shape && member.standing != Standing::Retired
             })
         {
-            other.standing = Standing::Retired;
-            other.instance.service.stop();
+            other.retire();
         }
         Ok(if starting > 0 { Found::Starting } else { Found::Queued })
     }
@@ -298,8 +297,7 @@ impl Group {
             member.standing = Standing::Ready;
             member.abandoned = 0;
         } else {
-            member.standing = Standing::Retired;
-            member.instance.service.stop();
+            member.retire();
         }
         drop(state);
         self.changed.notify_waiters();
@@ -332,8 +330,7 @@ impl Group {
             let end = member.idle_since + self.rules.idle_timeout;
             if end <= now && spare > 0 {
                 spare -= 1;
-                member.standing = Standing::Retired;
-                member.instance.service.stop();
+                member.retire();
                 continue;
             }
             let freeze = member.idle_since + review::FREEZE_AFTER;
@@ -402,8 +399,7 @@ impl Group {
         let mut state = self.state();
         let longest = state.spare().min_by_key(|member| member.idle_since)?.instance.clone();
         let index = state.position(&longest)?;
-        state.members[index].standing = Standing::Retired;
-        longest.service.stop();
+        state.members[index].retire();
         Some(longest)
     }
 

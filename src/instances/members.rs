@@ -96,6 +96,12 @@ impl From<NotServed> for NoLease {
 }
 
 impl Member {
+    /// Ends it: nobody has a call on it.
+    pub(super) fn retire(&mut self) {
+        self.standing = Standing::Retired;
+        self.instance.service.stop();
+    }
+
     pub(super) fn has_room(&self, shape: &Shape, rules: &policy::Instances) -> bool {
         let taken = self.calls.saturating_add(self.abandoned);
         self.standing == Standing::Ready
@@ -155,8 +161,7 @@ impl State {
     pub(super) fn retire_idle(&mut self) {
         for member in &mut self.members {
             if member.calls == 0 && member.standing != Standing::Retired {
-                member.standing = Standing::Retired;
-                member.instance.service.stop();
+                member.retire();
             }
         }
     }

@@ -283,11 +283,7 @@ impl Instances {
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> Count {
-        let mut count = Count::default();
-        for group in self.shared.groups().values() {
-            group.count(&mut count);
-        }
-        count
+        self.shared.count()
     }
 
     /// Serves one call: by an instance that is there, or by one that is started for it.
@@ -346,6 +342,14 @@ impl Instances {
 impl Shared {
     fn groups(&self) -> MutexGuard<'_, HashMap<Key, Arc<Group>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self) -> Count {
+        let mut count = Count::default();
+        for group in self.groups().values() {
+            group.count(&mut count);
+        }
+        count
     }
 
     fn all_groups(&self) -> Vec<Arc<Group>> {
@@ -435,28 +439,8 @@ fn shared_out(outcome: &Outcome) -> Outcome {
 
 /// An outcome of which only the verdict and the times are known.
 fn blank(verdict: Verdict, times: &Times) -> Outcome {
-    Outcome {
-        verdict,
-        exit_code: 0,
-        signal: 0,
-        stdout: Bytes::new(),
-        stdout_truncated: false,
-        stderr: Bytes::new(),
-        stderr_truncated: false,
-        started: times.started,
-        setup: times.setup,
-        wall: times.wall,
-        user: Duration::ZERO,
-        system: Duration::ZERO,
-        memory_peak: 0,
-        pids_peak: 0,
-        enforced: Vec::new(),
-        runtime: None,
-        denied_syscall: String::new(),
-        refused_syscalls: Vec::new(),
-        failure: None,
-        quarantined: false,
-    }
+    let Times { started, setup, wall } = *times;
+    Outcome { setup, wall, ..Outcome::unknown(verdict, started) }
 }
 
 impl Served {

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::{
-    INSTANCES_MAX, Instances, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
+    INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
     group::Group,
     instance::{Instance, NoConnection, open},
     members::{NoLease, Starting},
@@ -167,7 +167,7 @@ async fn memory(
         // Made before the look, so that nothing is missed between the two.
         let (released, room) = (shared.admission.released(), shared.room.notified());
         let fits = {
-            let count = Instances { shared: Arc::clone(shared) }.count();
+            let count = shared.count();
             count.busy + count.idle + count.starting <= INSTANCES_MAX
         };
         if fits && let Some(share) = shared.admission.share(recipe.memory)? {

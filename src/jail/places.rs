@@ -407,11 +407,6 @@ fn open_path(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(directory, name, flags, Mode::empty())
 }
 
-/// Whether it is a socket.
-pub(super) fn is_socket(fd: impl AsFd) -> io::Result<bool> {
-    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) == FileType::Socket)
-}
-
 #[cfg(test)]
 mod tests {
     use std::{fs, io::ErrorKind, os::unix::net::UnixStream};

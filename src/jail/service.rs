@@ -9,19 +9,15 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
 
-use rustix::{
-    fs::{Mode, OFlags, ResolveFlags},
-    io::Errno,
-    net::SocketAddrUnix,
-};
+use rustix::io::Errno;
 
 use super::{
     message::{SERVICE_SOCKET, ServiceSocket},
-    places::{Listening, Place, is_socket},
+    places::{Listening, Place},
     sockets::SocketMaker,
 };
 use crate::sys;
@@ -126,8 +122,10 @@ impl Service {
     pub fn connect(&mut self, to: ServiceSocket) -> Result<OwnedFd, Errno> {
         match to {
             ServiceSocket::Inherited => {
-                let inode = self.inherited.as_ref().ok_or(Errno::NOENT)?.as_raw_fd();
-                self.connect_to(&format!("/proc/self/fd/{inode}"))
+                let inode = self.inherited.take().ok_or(Errno::NOENT)?;
+                let connected = self.connect_to(&inode);
+                self.inherited = Some(inode);
+                connected
             }
             ServiceSocket::Own => self.connect_own(),
         }
@@ -136,25 +134,8 @@ impl Service {
     fn connect_own(&mut self) -> Result<OwnedFd, Errno> {
         let directory = self.directory().ok_or(Errno::NOENT)?;
         let name = Path::new(SERVICE_SOCKET).file_name().unwrap_or_default();
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let beneath = ResolveFlags::BENEATH
-            | ResolveFlags::NO_SYMLINKS
-            | ResolveFlags::NO_MAGICLINKS
-            | ResolveFlags::NO_XDEV;
-        let opened = rustix::fs::openat2(directory, name, flags, Mode::empty(), beneath);
-        let inode = match opened {
-            // What leads elsewhere is not the run's.
-            Err(Errno::LOOP | Errno::XDEV | Errno::NOTDIR) => return Err(Errno::PERM),
-            opened => opened?,
-        };
-        if !is_socket(&inode).map_err(errno)? {
-            return Err(Errno::PERM);
-        }
-        let connection = match self.connect_to(&format!("/proc/self/fd/{}", inode.as_raw_fd())) {
-            // It is no stream's.
-            Err(Errno::PROTOTYPE) => return Err(Errno::PERM),
-            connected => connected?,
-        };
+        let inode = sys::open_socket(directory, name.as_ref())?;
+        let connection = self.connect_to(&inode)?;
         // Who listens there, not who owns the inode: a link could be to another's.
         if sys::peer(connection.as_fd()).map_err(errno)?.1 != self.program {
             return Err(Errno::PERM);
@@ -162,12 +143,12 @@ impl Service {
         Ok(connection)
     }
 
-    fn connect_to(&mut self, path: &str) -> Result<OwnedFd, Errno> {
+    fn connect_to(&mut self, inode: &OwnedFd) -> Result<OwnedFd, Errno> {
         let socket = match self.spare.take() {
             Some(socket) => socket,
             None => self.socket(true).map_err(errno)?,
         };
-        match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        match sys::connect_to_inode(&socket, inode) {
             Ok(()) => Ok(socket),
             Err(error) => {
                 // It is as it was.

@@ -11,4 +11,4 @@ mod tests;
 
 pub use reply::response;
 pub use request::call;
-pub use status::{Summary, summarize};
+pub use status::{Summary, code_of, summarize};

@@ -2,7 +2,14 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags},
+    io::Errno,
+    net::SocketAddrUnix,
 };
 
 /// An AF_UNIX stream socket, close-on-exec.
@@ -18,6 +25,39 @@ pub fn stream_socket(nonblocking: bool) -> io::Result<OwnedFd> {
         SocketFlags::CLOEXEC | extra,
         None,
     )?)
+}
+
+/// The inode of a socket in a directory where somebody else can put what he likes.
+///
+/// # Errors
+/// Those of openat2(2); EPERM for what is no socket, or leads elsewhere.
+pub fn open_socket(directory: impl AsFd, name: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let here = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    let inode = match rustix::fs::openat2(directory, name, flags, Mode::empty(), here) {
+        Err(Errno::LOOP | Errno::XDEV | Errno::NOTDIR) => return Err(Errno::PERM),
+        opened => opened?,
+    };
+    match FileType::from_raw_mode(rustix::fs::fstat(&inode)?.st_mode) {
+        FileType::Socket => Ok(inode),
+        _ => Err(Errno::PERM),
+    }
+}
+
+/// Connects to the socket of an inode, whatever its names are by now: /proc/self/fd leads to
+/// it like any other link (`unix_find_bsd`, net/unix/af_unix.c).
+///
+/// # Errors
+/// Those of connect(2); EPERM for one of another kind.
+pub fn connect_to_inode(socket: impl AsFd, inode: &OwnedFd) -> Result<(), Errno> {
+    let path = SocketAddrUnix::new(format!("/proc/self/fd/{}", inode.as_raw_fd()))?;
+    match rustix::net::connect(socket, &path) {
+        Err(Errno::PROTOTYPE) => Err(Errno::PERM),
+        connected => connected,
+    }
 }
 
 /// Whose a connected AF_UNIX socket's other end is, SO_PEERCRED of unix(7): for one that

@@ -22,6 +22,7 @@ pub mod facts;
 pub mod frames;
 pub mod host;
 pub mod programs;
+pub mod template;
 
 use std::{
     env,

@@ -1,7 +1,6 @@
 //! A `dispatch-docker` by itself, spoken to as monitor and server do.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Read as _, Write as _},
     os::{
@@ -20,9 +19,7 @@ use dispatcher::{
             End, FromLauncher, FromServer, Launch, MESSAGE_MAX, Refusal, ServiceSocket, Sight,
             StopCause,
         },
-        plan::{
-            Container, Filesystem, Limits, Mode, Network, Root, Template, TemplateId, TemplateSet,
-        },
+        plan::{Limits, Mode, Template, TemplateId, TemplateSet},
     },
     names::{Digest, RunId},
     sys,
@@ -40,25 +37,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A policy of the namespace `test` whose runs are services.
 pub fn template() -> Template {
     Template {
-        id: TemplateId { policy: "test".into(), variant: 0 },
         modes: vec![Mode::Container],
-        best_effort: vec![],
         limits: Limits { timeout: Limit::Unlimited, ..Limits::default() },
-        filesystem: Filesystem {
-            root: Root::Empty,
-            tmp: Some(Limit::At(1 << 20)),
-            tmp_exec: false,
-            binds: vec![],
-        },
-        network: Network::None,
-        syscalls: dispatcher::jail::seccomp::profile::default_profile(),
-        keep_capabilities: vec![],
-        user: None,
-        environment: BTreeMap::from([("A".into(), "1".into())]),
-        environment_allow: vec![],
-        interpreters: vec![],
-        container: Container::default(),
+        environment: [("A".into(), "1".into())].into(),
         listens: true,
+        ..crate::common::template::template()
     }
 }
 

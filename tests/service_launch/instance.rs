@@ -4,7 +4,6 @@
 #![allow(dead_code)]
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File},
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::{
@@ -18,10 +17,9 @@ use std::{
 use dispatcher::{
     jail::{
         message::{End, FromLauncher, FromServer, Launch, ServiceSocket, Sight, StopCause},
-        plan::{Control, Filesystem, HostUser, Limits, Mode, Network, Root, Template, TemplateId},
+        plan::{Control, HostUser, Mode, Template, TemplateId},
     },
     names::RunId,
-    units::Limit,
 };
 
 use crate::{
@@ -40,25 +38,12 @@ pub fn template() -> Template {
         false => (65534, 65534),
     };
     Template {
-        id: TemplateId { policy: "test".into(), variant: 0 },
         modes: MODES.to_vec(),
         best_effort: vec![Control::Groups],
-        limits: Limits::default(),
-        filesystem: Filesystem {
-            root: Root::Empty,
-            tmp: Some(Limit::At(1 << 20)),
-            tmp_exec: false,
-            binds: vec![],
-        },
-        network: Network::None,
-        syscalls: dispatcher::jail::seccomp::profile::default_profile(),
-        keep_capabilities: vec![],
         user: Some(HostUser { name: "somebody".into(), uid, gid }),
-        environment: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
         environment_allow: vec!["LISTEN_FDS".into()],
-        interpreters: vec![],
-        container: Default::default(),
         listens: true,
+        ..common::template::template()
     }
 }
 

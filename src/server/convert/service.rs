@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::status::{Summary, signal_name, timed_out};
+use super::status::{Summary, code_of, signal_name, timed_out};
 use crate::{
     dispatch::{ByService, rules::Terms},
     execute::{Outcome, Verdict},
@@ -50,27 +50,9 @@ fn answered(status: &ServiceStatus) -> Summary {
     summary
 }
 
-/// gRPC's number as Collector's: the names are the same, the numbers are not.
+/// gRPC's number as Collector's; one that gRPC doesn't know is UNKNOWN.
 fn code(number: u8) -> Code {
-    match tonic::Code::from_i32(number.into()) {
-        tonic::Code::Ok => Code::Ok,
-        tonic::Code::Cancelled => Code::Cancelled,
-        tonic::Code::Unknown => Code::Unknown,
-        tonic::Code::InvalidArgument => Code::InvalidArgument,
-        tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
-        tonic::Code::NotFound => Code::NotFound,
-        tonic::Code::AlreadyExists => Code::AlreadyExists,
-        tonic::Code::PermissionDenied => Code::PermissionDenied,
-        tonic::Code::ResourceExhausted => Code::ResourceExhausted,
-        tonic::Code::FailedPrecondition => Code::FailedPrecondition,
-        tonic::Code::Aborted => Code::Aborted,
-        tonic::Code::OutOfRange => Code::OutOfRange,
-        tonic::Code::Unimplemented => Code::Unimplemented,
-        tonic::Code::Internal => Code::Internal,
-        tonic::Code::Unavailable => Code::Unavailable,
-        tonic::Code::DataLoss => Code::DataLoss,
-        tonic::Code::Unauthenticated => Code::Unauthenticated,
-    }
+    code_of(tonic::Code::from_i32(number.into()))
 }
 
 fn unanswered(why: &Unanswered, outcome: &Outcome, terms: Option<&Terms>) -> Summary {

@@ -6,7 +6,7 @@ use http_body_util::BodyExt as _;
 use tonic::{Status, body::Body};
 
 use super::{Answer, Inner, Pass, REASON, Request, Response, is_ours};
-use crate::{server::convert::reply::Trailers, wire::status::Code};
+use crate::server::convert::{self, reply::Trailers};
 
 /// Adds the [`Trailers`] that a handler put into its response's extensions to
 /// the trailers of that response.
@@ -45,7 +45,7 @@ fn with(response: Response, mut added: HeaderMap) -> Response {
 fn refused(mut response: Response) -> Response {
     let headers = response.headers_mut();
     let Some(status) = headers.get(Status::GRPC_STATUS) else { return response };
-    let code = code_name(tonic::Code::from_bytes(status.as_bytes()));
+    let code = convert::code_of(tonic::Code::from_bytes(status.as_bytes())).as_str_name();
     for (name, value) in [
         ("dispatcher-code", code),
         ("dispatcher-verdict", "REFUSED"),
@@ -55,30 +55,6 @@ fn refused(mut response: Response) -> Response {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
-}
-
-/// As `Status.Code` names it, whose numbers are others.
-fn code_name(code: tonic::Code) -> &'static str {
-    let name = match code {
-        tonic::Code::Ok => Code::Ok,
-        tonic::Code::Cancelled => Code::Cancelled,
-        tonic::Code::Unknown => Code::Unknown,
-        tonic::Code::InvalidArgument => Code::InvalidArgument,
-        tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
-        tonic::Code::NotFound => Code::NotFound,
-        tonic::Code::AlreadyExists => Code::AlreadyExists,
-        tonic::Code::PermissionDenied => Code::PermissionDenied,
-        tonic::Code::ResourceExhausted => Code::ResourceExhausted,
-        tonic::Code::FailedPrecondition => Code::FailedPrecondition,
-        tonic::Code::Aborted => Code::Aborted,
-        tonic::Code::OutOfRange => Code::OutOfRange,
-        tonic::Code::Unimplemented => Code::Unimplemented,
-        tonic::Code::Internal => Code::Internal,
-        tonic::Code::Unavailable => Code::Unavailable,
-        tonic::Code::DataLoss => Code::DataLoss,
-        tonic::Code::Unauthenticated => Code::Unauthenticated,
-    };
-    name.as_str_name()
 }
 
 fn headers(trailers: &Trailers) -> HeaderMap {
