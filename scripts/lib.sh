@@ -84,21 +84,26 @@ start_docker() {
     [ -e "$stray" ] || docker_strays+=("$stray")
   done
   mkdir -p "$docker_directory"
-  PATH=$PATH:/usr/sbin:/sbin dockerd --host "unix://$docker_socket" --pidfile "$docker_directory/pid" \
-    --data-root "$docker_directory/data" --exec-root "$docker_directory/run" \
-    --cgroup-parent "${docker_directory##*/}" --add-runtime "second=$second" \
-    --bridge none --ip-forward=false --iptables=false --ip6tables=false \
-    >>"$docker_directory/log" 2>&1 </dev/null &
-  dockerd=$!
-  give_up=$((SECONDS + docker_limit_s))
-  until docker --host "unix://$docker_socket" info >/dev/null 2>&1; do
-    if ! kill -0 "$dockerd" 2>/dev/null || [ $SECONDS -ge $give_up ]; then
-      echo "${0##*/}: Docker doesn't start: $(tail -n 1 "$docker_directory/log")" >&2
-      stop_docker
-      return 1
-    fi
-    sleep 0.2
+  # Beside much other work its containerd may not be there in time. Then it ends, and systemd
+  # would start it again.
+  local attempt
+  for attempt in 1 2 3; do
+    PATH=$PATH:/usr/sbin:/sbin dockerd --host "unix://$docker_socket" --pidfile "$docker_directory/pid" \
+      --data-root "$docker_directory/data" --exec-root "$docker_directory/run" \
+      --cgroup-parent "${docker_directory##*/}" --add-runtime "second=$second" \
+      --bridge none --ip-forward=false --iptables=false --ip6tables=false \
+      >>"$docker_directory/log" 2>&1 </dev/null &
+    dockerd=$!
+    give_up=$((SECONDS + docker_limit_s))
+    while kill -0 "$dockerd" 2>/dev/null && [ $SECONDS -lt $give_up ]; do
+      ! docker --host "unix://$docker_socket" info >/dev/null 2>&1 || return 0
+      sleep 0.2
+    done
+    echo "${0##*/}: Docker doesn't start ($attempt of 3):" >&2
+    tail -n 20 "$docker_directory/log" >&2
+    stop_docker
   done
+  return 1
 }
 
 # stop_docker: ends it, and leaves nothing of it but what is in its directory.

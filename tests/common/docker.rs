@@ -200,8 +200,9 @@ impl OwnDocker {
         let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
         let containerd = Process::read(pid).expect("containerd runs");
         self.order("kill", "killed");
-        // It dies with its parent. As long as it is there, the next one is not started.
-        wait_until("containerd's end", Duration::from_secs(20), || !containerd.alive());
+        // It dies with its parent. As long as there is a process of its number, be it one that
+        // nobody has reaped, Docker takes it for running and waits for its answer.
+        wait_until("containerd's end", Duration::from_secs(20), || containerd.gone());
     }
 
     /// Starts it again.

@@ -45,16 +45,24 @@ impl Process {
 
     /// Whether this very process still runs; an orphan that ended is reaped.
     pub fn alive(&self) -> bool {
-        let now = Self::read(self.pid).filter(|now| now.started == self.started);
-        if let Some(now) = &now
-            && now.zombie
-            && now.parent == std::process::id() as i32
-        {
+        self.reap_orphan().is_some_and(|now| !now.zombie)
+    }
+
+    /// Whether nothing is left of it, for anybody who asks by its number: it is reaped, too,
+    /// and so are all of its threads, the last of which may end after the first.
+    pub fn gone(&self) -> bool {
+        self.reap_orphan().is_none()
+    }
+
+    /// What it was a moment ago, before it was perhaps reaped.
+    fn reap_orphan(&self) -> Option<Self> {
+        let now = Self::read(self.pid).filter(|now| now.started == self.started)?;
+        if now.zombie && now.parent == std::process::id() as i32 {
             // Reparented to us as the subreaper. Children of `Command` never come
-            // here: only what a dispatcher started is asked after.
+            // here: only what a dispatcher or a Docker started is asked after.
             let _ = waitpid(Pid::from_raw(now.pid), Some(WaitPidFlag::WNOHANG));
         }
-        now.is_some_and(|now| !now.zombie)
+        Some(now)
     }
 
     /// Sends a signal, unless the process is gone.
