@@ -92,8 +92,8 @@ pub(crate) fn policy(name: &str) -> Policy {
             min: 0,
             max: 4,
             concurrency: 16,
-            start_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(300),
+            start_timeout: Limit::At(Duration::from_secs(10)),
+            idle_timeout: Limit::At(Duration::from_secs(300)),
             max_requests: Limit::Unlimited,
         },
     }

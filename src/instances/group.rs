@@ -322,23 +322,19 @@ impl Group {
         let mut next: Option<Instant> = None;
         let mut due = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
         for member in state.members.iter_mut().filter(|it| it.standing == Standing::Ready) {
-            if member.calls > 0 {
-                due(now + self.rules.idle_timeout);
-                due(now + review::FREEZE_AFTER);
-                continue;
-            }
-            let end = member.idle_since + self.rules.idle_timeout;
-            if end <= now && spare > 0 {
+            let idle_since = if member.calls > 0 { now } else { member.idle_since };
+            let end = self.rules.idle_timeout.finite().map(|idle| idle_since + idle);
+            if end.is_some_and(|end| end <= now) && spare > 0 {
                 spare -= 1;
                 member.retire();
                 continue;
             }
-            let freeze = member.idle_since + review::FREEZE_AFTER;
+            let freeze = idle_since + review::FREEZE_AFTER;
             if freeze <= now && !member.frozen {
                 member.frozen = true;
                 member.instance.service.freeze(true);
             }
-            if end > now {
+            if let Some(end) = end.filter(|end| *end > now) {
                 due(end);
             }
             if !member.frozen {

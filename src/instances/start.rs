@@ -115,7 +115,7 @@ async fn start(
     let invocation = recipe.invocation(&group.key, run);
     let service =
         executor.start_service(invocation, Box::new(share)).await.map_err(NotServed::from)?;
-    let within = group.rules.start_timeout;
+    let within = group.rules.start_timeout.finite();
     let ready = tokio::select! {
         biased;
         ready = answered(&service) => ready,
@@ -130,8 +130,8 @@ async fn start(
         // Until then it is not the service that is slow.
         () = async {
             service.begun().await;
-            sleep(within).await;
-        } => Err(Unanswered::StartTimeout(within)),
+            until(within.and_then(|within| Instant::now().checked_add(within))).await;
+        } => Err(Unanswered::StartTimeout(within.unwrap_or_default())),
     };
     match ready {
         Ok((socket, connection)) => {

@@ -155,7 +155,7 @@ pub struct Admission {
     pub rate: Limit<Rate>,
 }
 
-/// `[instances]` (a later issue; kept so that policies can be written).
+/// `[instances]`: the processes of a gRPC server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instances {
     /// Kept ready.
@@ -165,9 +165,9 @@ pub struct Instances {
     /// Calls at once in one instance.
     pub concurrency: u32,
     /// How long one may take to answer first.
-    pub start_timeout: Duration,
+    pub start_timeout: Limit<Duration>,
     /// How long an idle one is kept.
-    pub idle_timeout: Duration,
+    pub idle_timeout: Limit<Duration>,
     /// Calls after which it is replaced.
     pub max_requests: Limit<u64>,
 }

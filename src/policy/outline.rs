@@ -215,22 +215,30 @@ fn instances(policy: &Policy) -> String {
         (0, _) | (_, true) => String::new(),
         (min, false) => format!(", {min} of each listed executable kept"),
     };
+    let gone = match instances.idle_timeout {
+        Limit::At(idle) => format!("gone after {} without a call", Span(idle)),
+        Limit::Unlimited => "kept without a call until others need its memory".to_owned(),
+    };
     format!(
         "instance: one that is there and has room, or a new one, as follows; at most {} for each \
-         executable, with {} calls each at once, {} in all; gone after {} without a call{kept}",
+         executable, with {} calls each at once, {} in all; {}{kept}",
         instances.max,
         instances.concurrency,
         count(&instances.max_requests),
-        Span(instances.idle_timeout)
+        gone
     )
 }
 
 fn listen(policy: &Policy) -> String {
+    let within = match policy.instances.start_timeout {
+        Limit::At(within) => format!(" within {}", Span(within)),
+        Limit::Unlimited => ", whenever that is".to_owned(),
+    };
     let names: Vec<&str> = policy.environment.keys().map(String::as_str).collect();
     format!(
         "start: it inherits a listening socket as descriptor 3, or listens at $GRPC_UNIX_SOCKET, and \
-         has to answer within {}; environment {}",
-        Span(policy.instances.start_timeout),
+         has to answer{}; environment {}",
+        within,
         [&names[..], &["DISPATCHER_NAMESPACE", "LISTEN_*"]].concat().join(", ")
     )
 }

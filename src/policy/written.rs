@@ -182,9 +182,9 @@ tables! {
         /// Calls at once in one instance.
         concurrency: Few<1>,
         /// How long one may take to answer first.
-        start_timeout: Time<1>,
+        start_timeout: Duration,
         /// How long an idle one is kept.
-        idle_timeout: Time<1>,
+        idle_timeout: Duration,
         /// Calls after which one is replaced.
         max_requests: Limited<Count<u64, 1, { i64::MAX as u64 }>>,
     }

@@ -61,6 +61,8 @@ fn every_value_reaches_the_policy() {
         queue = 0
         queue_timeout = "0s"
         [instances]
+        start_timeout = "unlimited"
+        idle_timeout = "1h"
         max_requests = 5
         "##,
     );
@@ -91,6 +93,8 @@ fn every_value_reaches_the_policy() {
     assert_eq!(policy.admission.rate, Limit::At(Rate(0.5)));
     assert_eq!(policy.admission.queue, Limit::At(0));
     assert_eq!(policy.admission.queue_timeout, Limit::At(Duration::ZERO));
+    assert_eq!(policy.instances.start_timeout, Limit::Unlimited);
+    assert_eq!(policy.instances.idle_timeout, Limit::At(Duration::from_secs(3600)));
     assert_eq!(policy.instances.max_requests, Limit::At(5));
 }
 
