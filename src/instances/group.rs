@@ -117,8 +117,7 @@ impl Group {
     ) -> Result<Found, NoLease> {
         let mut state = self.state();
         let shape = &recipe.shape;
-        let free = state.members.iter_mut().filter(|member| member.has_room(shape, &self.rules));
-        if let Some(member) = free.min_by_key(|member| member.calls) {
+        if let Some(member) = state.least_busy(shape, &self.rules) {
             member.calls += 1;
             member.served += 1;
             if std::mem::take(&mut member.frozen) {
@@ -130,51 +129,42 @@ impl Group {
         }
         // Failures of before it came are not its.
         let known = *known.get_or_insert(state.failed);
-        if let Some(failure) = &state.failure
-            && failure.number > known
-            && failure.shape == *shape
-        {
-            return Err(failure.what.clone());
+        if let Some(failure) = state.failure_since(known, shape) {
+            return Err(failure.clone());
         }
         if place.is_none() {
             state.waiting.push(shape.clone());
             *place = Some(Place { group: Arc::clone(self), shape: shape.clone() });
         }
-        let starting = state.count_coming(shape);
-        let waiting = state.waiting.iter().filter(|other| *other == shape).count();
-        let expected = starting.saturating_mul(self.rules.concurrency as usize);
-        if waiting <= expected {
-            return Ok(Found::Starting);
+        let coming = state.count_coming(shape);
+        let waits = if coming > 0 { Found::Starting } else { Found::Queued };
+        let expected = coming.saturating_mul(self.rules.concurrency as usize);
+        if state.count_waiting(shape) <= expected {
+            return Ok(waits);
         }
-        let now = Instant::now();
-        if let Some(wait) = state.not_before.and_then(|at| at.checked_duration_since(now)) {
-            if starting > 0 {
-                return Ok(Found::Starting);
-            }
-            if state.has_living(shape) {
-                return Ok(Found::Queued);
-            }
-            let last = state.failure.as_ref().map(|failure| failure.what.in_short());
-            let last = last.unwrap_or_default();
-            return Err(NotServed::CrashLoop { last, retry_after: wait }.into());
+        if let Some(wait) = state.backing_off(Instant::now()) {
+            let helpless = coming == 0 && !state.has_living(shape);
+            return if helpless { Err(state.crash_loop(wait).into()) } else { Ok(waits) };
         }
-        if state.members.len() + state.starting.len() < self.rules.max as usize {
-            let starting = Starting::new(shape);
-            state.starting.push(Arc::clone(&starting));
-            state.recipe = Some(recipe.clone());
-            start::begin(shared, self, recipe.clone(), Start::Called, starting);
-            return Ok(Found::Starting);
+        if state.members.len() + state.starting.len() >= self.rules.max as usize {
+            state.make_room(shape);
+            return Ok(waits);
         }
-        // An idle one of another shape makes room.
-        let goes = |member: &Member| member.calls == 0 && member.standing == Standing::Retired;
-        if !state.members.iter().any(goes)
-            && let Some(other) = state.members.iter_mut().find(|member| {
-                member.calls == 0 && member.shape != *shape && member.standing != Standing::Retired
-            })
-        {
-            other.retire();
-        }
-        Ok(if starting > 0 { Found::Starting } else { Found::Queued })
+        state.recipe = Some(recipe.clone());
+        self.start_one(shared, &mut state, recipe.clone(), Start::Called);
+        Ok(Found::Starting)
+    }
+
+    fn start_one(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        recipe: Recipe,
+        why: Start,
+    ) {
+        let starting = Starting::new(&recipe.shape);
+        state.starting.push(Arc::clone(&starting));
+        start::begin(shared, self, recipe, why, starting);
     }
 
     /// One that was being started is ready.
@@ -346,13 +336,9 @@ impl Group {
             // The policy is the same; the set that it is of may be another by now.
             recipe.policy_set = shared.policies.current().digest;
             let recipe = recipe.clone();
-            match state.not_before.filter(|at| *at > now) {
-                Some(at) => due(at),
-                None => {
-                    let starting = Starting::new(&recipe.shape);
-                    state.starting.push(Arc::clone(&starting));
-                    start::begin(shared, self, recipe, Start::Kept, starting);
-                }
+            match state.backing_off(now) {
+                Some(wait) => due(now + wait),
+                None => self.start_one(shared, &mut state, recipe, Start::Kept),
             }
             due(now + review::LACKING_AGAIN);
         }

@@ -117,6 +117,22 @@ impl State {
         self.members.iter().position(|member| Arc::ptr_eq(&member.instance, instance))
     }
 
+    /// The one that is to get the next call of this shape.
+    pub(super) fn least_busy(
+        &mut self,
+        shape: &Shape,
+        rules: &policy::Instances,
+    ) -> Option<&mut Member> {
+        let free = self.members.iter_mut().filter(|member| member.has_room(shape, rules));
+        free.min_by_key(|member| member.calls)
+    }
+
+    /// The last failure, if it is of this shape and later than those.
+    pub(super) fn failure_since(&self, known: u64, shape: &Shape) -> Option<&NoLease> {
+        let failure = self.failure.as_ref()?;
+        (failure.number > known && failure.shape == *shape).then_some(&failure.what)
+    }
+
     pub(super) fn idle(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|it| it.calls == 0 && it.standing == Standing::Ready)
     }
@@ -126,6 +142,32 @@ impl State {
         self.members
             .iter()
             .any(|member| member.shape == *shape && member.standing != Standing::Retired)
+    }
+
+    pub(super) fn count_waiting(&self, shape: &Shape) -> usize {
+        self.waiting.iter().filter(|other| *other == shape).count()
+    }
+
+    /// How long it is yet until another may be started.
+    pub(super) fn backing_off(&self, now: Instant) -> Option<Duration> {
+        self.not_before?.checked_duration_since(now).filter(|wait| !wait.is_zero())
+    }
+
+    /// What a call is told that none may be started for, and that has none to wait for.
+    pub(super) fn crash_loop(&self, retry_after: Duration) -> NotServed {
+        let last = self.failure.as_ref().map(|failure| failure.what.in_short());
+        NotServed::CrashLoop { last: last.unwrap_or_default(), retry_after }
+    }
+
+    /// Ends an idle one of another shape, unless one is about to end.
+    pub(super) fn make_room(&mut self, shape: &Shape) {
+        let mut idle: Vec<_> = self.members.iter_mut().filter(|it| it.calls == 0).collect();
+        if idle.iter().any(|member| member.standing == Standing::Retired) {
+            return;
+        }
+        if let Some(other) = idle.iter_mut().find(|member| member.shape != *shape) {
+            other.retire();
+        }
     }
 
     /// No crash loop, or none any more.
