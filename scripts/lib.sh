@@ -115,10 +115,13 @@ stop_docker() {
     sleep 0.1
   done
   wait "$dockerd" 2>/dev/null || :
-  # One that didn't end in order leaves processes, and mounts.
-  local mount shim
-  for shim in "$docker_directory"/run/containerd/daemon/io.containerd.runtime.v2.task/moby/*/shim.pid; do
-    [ ! -e "$shim" ] || kill -KILL "$(cat "$shim")" 2>/dev/null || :
+  # One that didn't end in order leaves processes, their sockets, and mounts.
+  local mount shim socket
+  for shim in "$docker_directory"/run/containerd/daemon/io.containerd.runtime.v2.task/moby/*/; do
+    [ -e "$shim/shim.pid" ] || continue
+    kill -KILL "$(cat "$shim/shim.pid")" 2>/dev/null || :
+    socket=$(cat "$shim/address" 2>/dev/null) || :
+    case $socket in unix:///run/containerd/s/*) rm -f "${socket#unix://}" ;; esac
   done
   while read -r mount; do umount --lazy "$mount" || :; done < <(
     cut -d' ' -f5 /proc/self/mountinfo | grep "^$docker_directory/" | sort -r
