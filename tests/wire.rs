@@ -557,6 +557,26 @@ fn grpcurl_can_use_it() {
 }
 
 #[test]
+fn grpcurl_can_ask_the_health_address() {
+    let Some(grpcurl) = tool("grpcurl") else { skip!("no grpcurl in DISPATCHER_TEST_TOOLS") };
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("health");
+    let dispatcher = Settings::new([("jail", plain(""))])
+        .server(&format!("health_listen = \"unix:{}\"\n", socket.display()))
+        .start();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(&grpcurl);
+        command.args(["-plaintext", "-unix", "-authority", "localhost"]).arg(&socket);
+        stdout_of(command.args(args))
+    };
+    assert!(run(&["grpc.health.v1.Health/Check"]).contains("SERVING"));
+    let listed = run(&["list"]);
+    assert!(listed.contains("grpc.health.v1.Health"), "{listed}");
+    assert!(!listed.contains("collector"), "{listed}");
+    dispatcher.stop();
+}
+
+#[test]
 fn python_can_use_it() {
     let Some(python) = tool("python3").or_else(|| tool("bin/python3")) else {
         skip!("no python3 in DISPATCHER_TEST_TOOLS")

@@ -9,20 +9,18 @@ use tonic_health::{
 };
 use tonic_reflection::{
     pb::{v1 as v1_pb, v1alpha as v1alpha_pb},
-    server::{Builder, Error, v1, v1alpha},
+    server::{Builder, Error},
 };
 
 use super::{
+    ServeError,
     connections::Connections,
     listen::{Incoming, Listener},
     metrics::{self, Metrics},
     transport,
 };
-use crate::wire;
-
-/// What is served, by name.
-const SERVICES: [&str; 4] = [
-    "collector.CollectiveDispatcher",
+/// What is served at all addresses, by name.
+const SERVICES: [&str; 3] = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
@@ -73,20 +71,21 @@ impl Health {
             .max_decoding_message_size(REQUEST_MAX)
     }
 
-    /// Serves health checks by gRPC, and `GET /metrics` by HTTP/1.1 or 2, and
-    /// nothing else on a listener, until dropped.
+    /// Serves health checks and their reflection by gRPC, and `GET /metrics` by
+    /// HTTP/1.1 or 2, and nothing else on a listener, until dropped.
     pub(super) async fn serve(
         &self,
         listener: Option<Listener>,
         metrics: Metrics,
-    ) -> Result<(), tonic::transport::Error> {
+    ) -> Result<(), ServeError> {
         let Some(listener) = listener else { return std::future::pending().await };
         let incoming = Incoming::new(vec![listener], &Connections::new(CONNECTIONS_MAX));
         let page = axum::routing::get(move || std::future::ready(page(&metrics)));
-        let router = Routes::new(self.service()).into_axum_router();
+        let checks = add_reflection(Routes::new(self.service()), Described::default())?;
+        let router = checks.into_axum_router();
         let routes = Routes::from(router.route("/metrics", page).fallback(not_here));
         // Prometheus doesn't speak HTTP/2 without TLS.
-        transport().accept_http1(true).add_routes(routes).serve_with_incoming(incoming).await
+        Ok(transport().accept_http1(true).add_routes(routes).serve_with_incoming(incoming).await?)
     }
 }
 
@@ -106,7 +105,7 @@ fn page(metrics: &Metrics) -> http::Response<Body> {
 async fn not_here(request: http::Request<Body>) -> http::Response<Body> {
     let kind = request.headers().get(http::header::CONTENT_TYPE);
     if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
-        let text = "only grpc.health.v1.Health is served at this address";
+        let text = "only grpc.health.v1.Health and its reflection are served at this address";
         return tonic::Status::unimplemented(text).into_http();
     }
     let mut response =
@@ -115,28 +114,30 @@ async fn not_here(request: http::Request<Body>) -> http::Response<Body> {
     response
 }
 
-/// Both versions of reflection: older tools know only the alpha.
-pub(super) fn reflection() -> Result<
-    (
-        v1::ServerReflectionServer<impl v1::ServerReflection>,
-        v1alpha::ServerReflectionServer<impl v1alpha::ServerReflection>,
-    ),
-    Error,
-> {
+/// What is described and served at one address besides health and reflection itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Described {
+    /// File descriptor sets.
+    pub(super) files: &'static [&'static [u8]],
+    /// Services by name: not all that is described is served yet.
+    pub(super) services: &'static [&'static str],
+}
+
+/// Adds both versions of reflection: older tools know only the alpha.
+pub(super) fn add_reflection(routes: Routes, described: Described) -> Result<Routes, Error> {
     let builder = || {
         let sets = [
-            wire::DESCRIPTORS,
             tonic_health::pb::FILE_DESCRIPTOR_SET,
             v1_pb::FILE_DESCRIPTOR_SET,
             v1alpha_pb::FILE_DESCRIPTOR_SET,
         ];
-        let described = sets
-            .into_iter()
-            .fold(Builder::configure(), Builder::register_encoded_file_descriptor_set);
-        // By name: not all that is described is served yet.
-        SERVICES.into_iter().fold(described, Builder::with_service_name)
+        let sets = sets.iter().chain(described.files);
+        let builder = sets
+            .fold(Builder::configure(), |all, set| all.register_encoded_file_descriptor_set(set));
+        let services = SERVICES.iter().chain(described.services);
+        services.fold(builder, |all, name| all.with_service_name(*name))
     };
     let v1 = builder().build_v1()?.max_decoding_message_size(REQUEST_MAX);
     let v1alpha = builder().build_v1alpha()?.max_decoding_message_size(REQUEST_MAX);
-    Ok((v1, v1alpha))
+    Ok(routes.add_service(v1).add_service(v1alpha))
 }

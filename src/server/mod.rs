@@ -38,10 +38,10 @@ use crate::{
     execute::{Executors, stop::StopHandle},
     policy::{Policy, store::PolicyStore},
     units::Limit,
-    wire::collective_dispatcher_server::CollectiveDispatcherServer,
+    wire::{self, collective_dispatcher_server::CollectiveDispatcherServer},
 };
 use connections::Connections;
-use health::Health;
+use health::{Described, Health};
 use layers::{
     Before,
     gate::Gate,
@@ -176,7 +176,7 @@ pub async fn run(
     });
     tokio::select! {
         served = &mut server => return Ok(served?),
-        served = &mut health_server => return Ok(served?),
+        served = &mut health_server => return served,
         () = &mut drained => {}
     }
     let _ = end.send(());
@@ -205,9 +205,10 @@ fn routes(handler: Handler, health: &Health) -> Result<Routes, tonic_reflection:
         // The receiving layer has bounded it already, by the policies in force.
         .max_decoding_message_size(usize::MAX)
         .max_encoding_message_size(REPLY_MAX);
-    let (v1, v1alpha) = health::reflection()?;
     let routes = Routes::new(dispatcher).add_service(health.service());
-    Ok(routes.add_service(v1).add_service(v1alpha))
+    let described =
+        Described { files: &[wire::DESCRIPTORS], services: &["collector.CollectiveDispatcher"] };
+    health::add_reflection(routes, described)
 }
 
 async fn drain(gate: &Gate, health: &Health, stop_all: &StopHandle, within: Duration) {
