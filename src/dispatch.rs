@@ -100,6 +100,8 @@ pub struct Facts {
     pub ignored_context: Vec<String>,
     /// A service that was there before the call answered it.
     pub warm: bool,
+    /// The whole service was stopping, and stopped the call unless that had ended.
+    pub draining: bool,
 }
 
 /// A program that ran.
@@ -144,6 +146,7 @@ impl Facts {
             terms: None,
             ignored_context: Vec::new(),
             warm: false,
+            draining: false,
         }
     }
 }
@@ -192,10 +195,12 @@ impl Dispatcher {
     pub async fn dispatch(&self, call: Result<Call, FormError>, context: Context) -> Reply {
         let mut facts = Facts::new(context.run);
         facts.policy_set = Some(self.policies.current().digest);
+        let stop = context.stop.clone();
         let result = match call {
             Ok(call) => self.decide_by_current(call, context, &mut facts).await,
             Err(malformed) => Err(malformed.into()),
         };
+        facts.draining = stop.is_stopped_by_service();
         Reply { facts, result }
     }
 

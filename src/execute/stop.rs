@@ -70,6 +70,12 @@ impl StopSignal {
         }
     }
 
+    /// Whether it was stopped as the whole service is stopping, and not for its caller.
+    #[must_use]
+    pub fn is_stopped_by_service(&self) -> bool {
+        *self.service.borrow() && !*self.caller.borrow()
+    }
+
     /// Whether it was stopped already.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
@@ -118,7 +124,9 @@ mod tests {
         assert!(!now(signal.stopped()));
         service.stop();
         assert!(now(signal.stopped()));
-        assert!(signal.is_stopped());
+        assert!(signal.is_stopped() && signal.is_stopped_by_service());
+        caller.stop();
+        assert!(signal.is_stopped() && !signal.is_stopped_by_service());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::status::{Summary, code_of, signal_name, timed_out};
+use super::status::{CANCELLED, Summary, code_of, signal_name, timed_out};
 use crate::{
     dispatch::{ByService, rules::Terms},
     execute::{Outcome, Verdict},
@@ -61,7 +61,7 @@ fn unanswered(why: &Unanswered, outcome: &Outcome, terms: Option<&Terms>) -> Sum
         Unanswered::TimedOut => timed_out("service took", outcome, terms),
         Unanswered::Cancelled => {
             let text = "the call was cancelled while the service had it".to_owned();
-            summary(Code::Cancelled, "cancelled", text)
+            summary(Code::Cancelled, CANCELLED, text)
         }
         Unanswered::TooLarge => {
             let limit = terms.and_then(|terms| terms.output_size.finite()).unwrap_or(ANSWER_MAX);

@@ -44,6 +44,10 @@ pub fn code_of(code: tonic::Code) -> Code {
 /// When to come again where the host itself ran out of something.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// The call was stopped, for its caller or with the whole service.
+pub(super) const CANCELLED: &str = "cancelled";
+const DRAINING: &str = "draining";
+
 /// How a call went, in the contract's words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
@@ -64,7 +68,7 @@ pub struct Summary {
 /// Sums up a call.
 #[must_use]
 pub fn summarize(reply: &Reply) -> Summary {
-    match &reply.result {
+    let summary = match &reply.result {
         Ok(finished) => {
             let terms = reply.facts.terms.as_ref();
             match &finished.service {
@@ -73,7 +77,14 @@ pub fn summarize(reply: &Reply) -> Summary {
             }
         }
         Err(error) => refused(error),
+    };
+    // Its caller is still there, and is to try elsewhere.
+    if reply.facts.draining && summary.reason == Some(CANCELLED) {
+        let message = "the dispatcher was being stopped, and the call with it".to_owned();
+        let told = Summary { code: Code::Unavailable, reason: Some(DRAINING), message, ..summary };
+        return told.with("reason", DRAINING);
     }
+    summary
 }
 
 impl Summary {
@@ -184,7 +195,7 @@ pub(super) fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
         }
         Verdict::Cancelled => {
             let text = "the call was cancelled while the program ran".to_owned();
-            with_status(summary(Code::Cancelled, "cancelled", text))
+            with_status(summary(Code::Cancelled, CANCELLED, text))
         }
         Verdict::Failed | Verdict::Refused | Verdict::Completed => {
             let (reason, text) =
@@ -316,7 +327,7 @@ fn not_admitted(error: &AdmissionError) -> Summary {
         }
         E::RateExceeded { retry_after, .. } => overload("rate_exceeded", retry_after),
         E::Deadline => Summary::refused(Code::DeadlineExceeded, "deadline_in_queue", error),
-        E::Stopped => Summary::new(Code::Cancelled, Verdict::Cancelled, "cancelled", error),
+        E::Stopped => Summary::new(Code::Cancelled, Verdict::Cancelled, CANCELLED, error),
     }
 }
 
@@ -329,7 +340,7 @@ fn not_executed(error: &ExecuteError) -> Summary {
             let text = "the deadline passed before the program started";
             Summary::refused(Code::DeadlineExceeded, "deadline_in_queue", text)
         }
-        E::Stopped(_) => Summary::new(Code::Cancelled, Verdict::Cancelled, "cancelled", error),
+        E::Stopped(_) => Summary::new(Code::Cancelled, Verdict::Cancelled, CANCELLED, error),
         E::Stuck(_) | E::Internal { .. } => Summary::failed(error),
     }
 }

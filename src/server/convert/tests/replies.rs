@@ -39,6 +39,7 @@ fn reply(result: Result<Finished, CallError>) -> Reply {
         terms: Some(rules::decide(&testing::call(), &policy).unwrap()),
         ignored_context: vec!["x".into()],
         warm: false,
+        draining: false,
     };
     Reply { facts, result }
 }
@@ -68,6 +69,26 @@ fn assert_details(summary: &Summary, expected: &[(&str, &str)]) {
         assert_eq!(summary.details.get(*key).map(String::as_str), Some(*value), "{summary:?}");
     }
     assert_eq!(summary.details.len(), expected.len() + 1, "and the reason: {summary:?}");
+}
+
+/// Who waits for an answer can have it from another dispatcher.
+#[test]
+fn calls_stopped_at_the_end_of_a_drain_are_not_their_callers_doing() {
+    let mut cancelled = finished(Verdict::Cancelled);
+    cancelled.outcome.signal = 9;
+    let stopped = CallError::Admission(AdmissionError::Stopped);
+    for (result, details) in [(Ok(cancelled), &[("signal", "9")][..]), (Err(stopped), &[])] {
+        let mut reply = reply(result);
+        assert_row(&summarize(&reply), Code::Cancelled, Verdict::Cancelled, "cancelled");
+        reply.facts.draining = true;
+        let summary = summarize(&reply);
+        assert_row(&summary, Code::Unavailable, Verdict::Cancelled, "draining");
+        assert_details(&summary, details);
+    }
+    // One that was done before is what it was.
+    let mut reply = reply(Ok(finished(Verdict::Exited)));
+    reply.facts.draining = true;
+    assert_row(&summarize(&reply), Code::Ok, Verdict::Exited, "");
 }
 
 #[test]
