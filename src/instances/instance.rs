@@ -1,10 +1,9 @@
 //! One process that serves: the connection with it, and a call on it.
 
 use std::{
-    collections::HashMap,
     os::unix::net::UnixStream as StdStream,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -16,7 +15,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Answered, Unanswered};
+use super::{Answered, Unanswered, methods::Methods};
 use crate::{
     execute::{
         service::{Ended, Service},
@@ -28,7 +27,6 @@ use crate::{
     },
     protocol::grpc::{
         connection::{Connection, OpenError},
-        reflection::{self, Method},
         unary::{Answer, CallFailure, Unary},
     },
     units::{Limit, MilliCpus},
@@ -39,12 +37,6 @@ pub(super) const RECONNECT_WAIT: Duration = Duration::from_secs(5);
 
 /// How long it may take to be told what is in force in it: else nothing is said of it.
 const LOOK_WAIT: Duration = Duration::from_secs(2);
-
-/// How long it may take to tell of its methods: else it has none to tell of.
-const REFLECTION_WAIT: Duration = Duration::from_secs(2);
-
-/// Services of one instance whose methods are remembered.
-const SERVICES_MAX: usize = 64;
 
 /// How long a process that closed its connection may take until its end is seen, and then
 /// until nothing is left of it.
@@ -73,12 +65,8 @@ pub(super) struct Instance {
     connection: tokio::sync::Mutex<Option<Connection>>,
     /// There was none to be had.
     lost: AtomicBool,
-    /// What is known of its services' methods: `None` for those that it doesn't tell of.
-    methods: Mutex<HashMap<String, Known>>,
+    methods: Methods,
 }
-
-/// A service's methods, once they were asked for.
-type Known = Arc<OnceCell<Option<Arc<[Method]>>>>;
 
 /// How a call on an instance went.
 #[derive(Debug)]
@@ -106,7 +94,7 @@ impl Instance {
             sight: OnceCell::new(),
             connection: tokio::sync::Mutex::new(Some(connection)),
             lost: AtomicBool::new(false),
-            methods: Mutex::default(),
+            methods: Methods::default(),
         }
     }
 
@@ -167,7 +155,8 @@ impl Instance {
         let mut retried = false;
         loop {
             let connection = self.connection().await?;
-            let method = self.method(&connection, &call.service, &call.method).await?;
+            let (service, method) = (&call.service, &call.method);
+            let method = self.methods.find(&connection, service, method, call.timeout).await;
             if method.as_ref().is_some_and(|method| method.streaming) {
                 return Err(Unanswered::Streaming { called: false });
             }
@@ -237,45 +226,6 @@ impl Instance {
     pub(super) async fn connect(&self) -> Result<Connection, String> {
         let opened = open(&self.service, self.socket).await;
         opened.map_err(|error| format!("no connection with the service: {error}"))
-    }
-
-    async fn method(
-        &self,
-        connection: &Connection,
-        service: &str,
-        method: &str,
-    ) -> Result<Option<Method>, Unanswered> {
-        let known = self.known(service);
-        let ask = || async {
-            let asked = timeout(REFLECTION_WAIT, reflection::methods(connection, service));
-            match asked.await {
-                Ok(Ok(methods)) => Ok(methods.map(Arc::from)),
-                Ok(Err(lost)) => Err(Some(Unanswered::ConnectionLost(lost.to_string()))),
-                Err(_) => Err(None),
-            }
-        };
-        // One asks, and all who come meanwhile wait for it.
-        let methods: &Option<Arc<[Method]>> = match known.get_or_try_init(ask).await {
-            Ok(methods) => methods,
-            Err(Some(lost)) => return Err(lost),
-            // It may have been busy: the next call asks again.
-            Err(None) => return Ok(None),
-        };
-        let found = methods.as_deref().and_then(|all| all.iter().find(|it| it.name == method));
-        Ok(found.cloned())
-    }
-
-    /// What is known of a service's methods, or will be.
-    fn known(&self, service: &str) -> Known {
-        let mut methods = self.methods.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = methods.get(service) {
-            return Arc::clone(known);
-        }
-        let unknown = Known::default();
-        if methods.len() < SERVICES_MAX {
-            methods.insert(service.to_owned(), Arc::clone(&unknown));
-        }
-        unknown
     }
 }
 

@@ -7,6 +7,7 @@
 //! | `lease` | a call's share of an instance |
 //! | `start` | from a launch to an instance that has answered |
 //! | `instance` | one process, the connection with it, a call on it |
+//! | `methods` | what it tells of its services' methods |
 //! | `review` | what ends without a call: idle, superseded, in the way |
 //!
 //! An instance is the same to all calls that it gets. What a call wants of the process
@@ -17,6 +18,7 @@ mod group;
 mod instance;
 mod lease;
 mod members;
+mod methods;
 mod review;
 mod start;
 

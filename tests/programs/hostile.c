@@ -1,8 +1,8 @@
 /* gRPC services that are none, or bad ones. The word in HOSTILE, or the first
  * argument, says in which way; see the table at the end. Listens at the
  * inherited descriptor 3, or else at the path in GRPC_UNIX_SOCKET. Calls of
- * gRPC's own services (reflection, health) are answered with UNIMPLEMENTED,
- * so that bad answers reach the call they are meant for. */
+ * gRPC's own services (reflection, health) are answered with UNIMPLEMENTED, or
+ * not at all, so that bad answers reach the call they are meant for. */
 #include "probe.h"
 #include <pthread.h>
 #include <sys/socket.h>
@@ -251,6 +251,12 @@ static int read_all(struct peer *peer, void *bytes, size_t length)
 	return 1;
 }
 
+/* A good answer; but gRPC's own services give none. */
+static void unreflected(struct peer *peer)
+{
+	ok(peer);
+}
+
 /* Whether these headers are of a call of "/grpc.…", Huffman-coded or plain. */
 static int is_of_grpc(const unsigned char *block, size_t length)
 {
@@ -277,6 +283,8 @@ static void serve(struct peer *peer, void (*reply)(struct peer *))
 			frame(peer, PING, ACK, 0, payload, length);
 		else if (head[3] == HEADERS && is_of_grpc(payload, length)) {
 			*done = 1;
+			if (reply == unreflected)
+				continue;
 			peer->stream = stream;
 			begin_answer(peer);
 			end_answer(peer, "12"); /* UNIMPLEMENTED */
@@ -364,6 +372,7 @@ static const struct way {
 	void (*instead)(const char *);
 } ways[] = {
 	{ "ok", ok, NULL, NULL },
+	{ "unreflected", unreflected, NULL, NULL },
 	{ "no-trailers", no_trailers, NULL, NULL },
 	{ "no-status", no_status, NULL, NULL },
 	{ "status-999", status_999, NULL, NULL },

@@ -13,6 +13,7 @@ use crate::{
 in_every_mode! {
     what_is_no_grpc_is_named,
     a_good_answer_is_taken,
+    reflection_that_does_not_answer_is_not_waited_for_twice,
     bad_answers_are_errors,
     floods_end,
     what_is_at_the_path_is_no_socket,
@@ -59,6 +60,22 @@ fn a_good_answer_is_taken(at: &Mode) {
     let dispatcher = start(at, &["ok"]);
     let reply = attack(&dispatcher, "ok").expect(Code::Ok, Verdict::Completed, "");
     assert_eq!(reply.stdout(), b"", "of a type that it doesn't tell");
+    dispatcher.stop();
+}
+
+/// The first call waits for it, for a quarter of its own time.
+fn reflection_that_does_not_answer_is_not_waited_for_twice(at: &Mode) {
+    let dispatcher = start(at, &["unreflected"]);
+    let limit = Duration::from_millis(scaled_ms(2000));
+    for _ in 0..4 {
+        attack(&dispatcher, "unreflected").expect(Code::Ok, Verdict::Completed, "");
+    }
+    let mut later = Duration::ZERO;
+    for _ in 0..8 {
+        let reply = attack(&dispatcher, "unreflected").expect(Code::Ok, Verdict::Completed, "");
+        later += reply.elapsed;
+    }
+    assert!(later < limit, "eight calls took {later:?}");
     dispatcher.stop();
 }
 
