@@ -30,7 +30,9 @@ use super::{
     stop::until,
 };
 use crate::{
-    jail::message::{End, FromLauncher, FromServer, ServiceSocket, Sight, StopCause},
+    jail::message::{
+        End, FromLauncher, FromServer, Oom, ServiceSocket, Sight, StopCause, WaitStatus,
+    },
     names::RunId,
     units::Limit,
 };
@@ -261,7 +263,16 @@ impl Followed {
         let (stderr, stderr_truncated) = lock(log).since(0);
         let captured = Captured { stderr, stderr_truncated, ..Captured::default() };
         // Its standard output is nobody's answer, so nothing limits it.
-        outcome::of(self.end, captured, self.started, Limit::Unlimited)
+        outcome::of(self.end.map(of_many_calls), captured, self.started, Limit::Unlimited)
+    }
+}
+
+/// That a process of a service was killed for memory at some time is no cause of an end
+/// that its first one came to by itself.
+fn of_many_calls(end: End) -> End {
+    match end.status {
+        WaitStatus::Signalled(libc::SIGKILL) => end,
+        _ => End { oom: Oom::None, ..end },
     }
 }
 
@@ -387,6 +398,20 @@ fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::execute::fake::exited;
+
+    #[test]
+    fn an_old_kill_for_memory_is_not_the_cause_of_a_later_end() {
+        for (status, oom) in [
+            (WaitStatus::Exited(0), Oom::None),
+            (WaitStatus::Exited(3), Oom::None),
+            (WaitStatus::Signalled(libc::SIGSEGV), Oom::None),
+            (WaitStatus::Signalled(libc::SIGKILL), Oom::Own),
+        ] {
+            let end = End { status, oom: Oom::Own, ..exited(0) };
+            assert_eq!(of_many_calls(end).oom, oom, "{status:?}");
+        }
+    }
 
     #[test]
     fn a_log_keeps_the_newest_and_knows_what_is_missing() {
