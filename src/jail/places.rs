@@ -3,7 +3,7 @@
 //! ```text
 //! /run/dispatch-launch.5f0c…/      0711, locked for as long as its launcher lives
 //!     sockets/                     0700: inherited sockets are bound here, and unlinked at once
-//!     1f/                          0700, the program's: direct mode, one for each run
+//!     9c41…/                       0700, the program's: direct mode, one for each run
 //! ```
 //!
 //! It is made when the first service wants it, and goes with the launcher. What one that was
@@ -146,8 +146,9 @@ impl Places {
     /// # Errors
     /// Those of making it; `InvalidFilename` where the path is too long for a socket's.
     pub fn place(&mut self, owner: (u32, u32)) -> io::Result<Place> {
+        // Which can't be guessed: in direct mode several namespaces may have one user.
+        let name = CString::new(RunId::random()?.to_string())?;
         let base = self.base()?;
-        let name = base.next_name();
         let file = Path::new(SERVICE_SOCKET).file_name().unwrap_or_default();
         let path = base.path.join(std::ffi::OsStr::from_bytes(name.to_bytes())).join(file);
         let socket = CString::new(path.into_os_string().into_vec())?;
