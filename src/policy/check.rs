@@ -50,6 +50,7 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
 pub fn warnings(policy: &Effective) -> Vec<Fault> {
     let mut warnings = Vec::new();
     interpreters_out_of_reach(&policy.resolved, &mut warnings);
+    dropped_on_request(&policy.resolved, &mut warnings);
     let overrides = policy.overrides.iter().map(|special| &special.resolved);
     for holds in std::iter::once(&policy.resolved).chain(overrides) {
         large_output(holds, &mut warnings);
@@ -152,6 +153,21 @@ pub fn is_ignored_in_direct_mode(entry: &Entry<'_>, holds: &Resolved) -> bool {
         "filesystem" | "seccomp" | "capabilities" => true,
         "network" => holds.network.mode.value != Network::Host,
         _ => false,
+    }
+}
+
+/// What holds unless a call asks for direct mode.
+fn dropped_on_request(holds: &Resolved, warnings: &mut Vec<Fault>) {
+    if holds.general.mode.value == Mode::Direct || !may_run_in(holds, Mode::Direct) {
+        return;
+    }
+    for entry in not_in_direct_mode(holds) {
+        let message = format!(
+            "{}.{} can't be honoured for calls that ask for direct mode, which allow_modes has",
+            entry.table, entry.key
+        );
+        let help = "leave \"direct\" out of allow_modes, unless such calls may do without";
+        warnings.push(Fault::new(entry.place, message, help));
     }
 }
 

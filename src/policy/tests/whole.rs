@@ -220,6 +220,10 @@ fn surprising_policies_are_warned_about() {
     for (content, begin) in [
         ("[limits]\noutput = \"4MiB\"", "2:10: limits.output is above 3.9MiB"),
         ("[limits]\noutput = \"unlimited\"", "2:10: limits.output is above"),
+        (
+            "allow_modes = [\"direct\"]\n[network]\nmode = \"loopback\"",
+            "3:8: network.mode can't be honoured for calls that ask for direct mode",
+        ),
         ("[service.\"a/b\"]\nlimits = { output = \"5MiB\" }", "2:21: limits.output is above"),
         ("protocol = \"grpc\"\nlimits.cpu_time = \"5s\"", "2:19: limits.cpu_time doesn't apply"),
         ("protocol = \"grpc\"\ninstances.min = 1", "2:17: instances.min is for executables"),
