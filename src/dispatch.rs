@@ -23,7 +23,9 @@ use crate::{
     },
     call::{Call, FormError, Source},
     execute::{ExecuteError, Executors, Invocation, Outcome, OutputSink, stop::StopSignal},
-    instances::{self, Answered, Ask, Instances, Key, Recipe, Served, Shape, Unanswered},
+    instances::{
+        self, Answered, Ask, EVICTED_MAX, Instances, Key, Recipe, Served, Shape, Unanswered,
+    },
     jail::{message::Refusal, plan::Mode},
     names::{Digest, RunId},
     policy::{Policy, PolicySet, Protocol, store::PolicyStore},
@@ -275,9 +277,22 @@ impl Dispatcher {
         context: &Context,
         facts: &Facts,
     ) -> Result<Finished, CallError> {
-        let stop = context.stop.clone();
         let executor = self.executors.of(terms.mode);
-        let executed = executor.execute(invocation, stop, context.sink.clone()).await;
+        let mut evicted = 0;
+        let executed = loop {
+            let (call, stop, sink) =
+                (invocation.clone(), context.stop.clone(), context.sink.clone());
+            match executor.execute(call, stop, sink).await {
+                Err(error)
+                    if error.is_for_want_of_room()
+                        && evicted < EVICTED_MAX
+                        && self.instances.make_room().await =>
+                {
+                    evicted += 1;
+                }
+                executed => break executed,
+            }
+        };
         let remains = match &executed {
             Ok(outcome) => outcome.quarantined,
             Err(error) => matches!(error, ExecuteError::Stuck(_)),
@@ -292,7 +307,13 @@ impl Dispatcher {
 
     /// Has a service answer the call.
     async fn serve(&self, ask: Ask, facts: &mut Facts) -> Result<Finished, CallError> {
-        let Served { outcome, instance, warm, answer } = self.instances.serve(ask).await?;
+        let begun = Instant::now();
+        let served = self.instances.serve(ask).await;
+        if served.is_err() {
+            // All that it came to was waiting for an instance.
+            facts.queue_time += begun.elapsed();
+        }
+        let Served { outcome, instance, warm, answer } = served?;
         facts.warm = warm;
         let (output, answer) = match answer {
             Ok(Answered { status, message, output }) => {

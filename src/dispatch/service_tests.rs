@@ -21,7 +21,10 @@ use crate::{
         stop::StopHandle,
     },
     instances::NotServed,
-    jail::plan::TemplateId,
+    jail::{
+        message::{Exhausted, Refusal},
+        plan::TemplateId,
+    },
     testing,
 };
 
@@ -79,13 +82,14 @@ struct Bench {
     calls: Arc<AtomicU32>,
 }
 
-/// A dispatcher of so much memory; namespace `demo` has services, `runs` runs programs.
+/// A dispatcher of so much memory; namespaces `demo` and `hoard` have services, `runs` runs
+/// programs.
 fn bench(memory: u64, change: impl FnOnce(&mut Policy)) -> Bench {
     let calls = Arc::new(AtomicU32::new(0));
     let answerer = answerer(Arc::clone(&calls));
     with(memory, change, calls, move |launch| match launch.namespace.as_str() {
-        "demo" => Behaviour::Serve(Arc::clone(&answerer)),
-        _ => Behaviour::Say { stdout: vec![], stderr: vec![], end: exited(0).into() },
+        "runs" => Behaviour::Say { stdout: vec![], stderr: vec![], end: exited(0).into() },
+        _ => Behaviour::Serve(Arc::clone(&answerer)),
     })
 }
 
@@ -98,7 +102,9 @@ fn with(
     let mut policy = testing::policy("demo");
     policy.protocol = Protocol::Grpc;
     change(&mut policy);
-    let set = testing::policy_set([policy, testing::policy("runs")]);
+    let mut hoard = testing::policy("hoard");
+    hoard.protocol = Protocol::Grpc;
+    let set = testing::policy_set([policy, hoard, testing::policy("runs")]);
     let launcher = Launcher::new();
     let fake = FakeLauncher::attach(&launcher, set.digest, behave);
     let admission = Admission::new(Capacity { runs: None, memory });
@@ -238,6 +244,58 @@ async fn an_idle_one_makes_way_for_who_needs_its_memory() {
     assert!(!bench.is_warm(inline()).await);
 }
 
+/// Of what the host has only so much, an idle instance has its share.
+#[tokio::test]
+async fn an_idle_one_makes_way_for_who_lacks_other_than_memory() {
+    let full = || Refusal::Exhausted(Exhausted::Descriptors);
+    for idle in [true, false] {
+        let calls = Arc::new(AtomicU32::new(0));
+        let (answerer, lacking) = (answerer(Arc::clone(&calls)), AtomicU32::new(1));
+        let bench = with(
+            PLENTY,
+            |_| {},
+            calls,
+            move |launch| match launch.namespace.as_str() {
+                "demo" => Behaviour::Serve(Arc::clone(&answerer)),
+                _ if lacking.swap(0, Ordering::Relaxed) > 0 => Behaviour::Refuse(full()),
+                _ => Behaviour::Say { stdout: vec![], stderr: vec![], end: exited(0).into() },
+            },
+        );
+        if idle {
+            assert!(!bench.is_warm(inline()).await);
+        }
+        let run = Call { namespace: "runs".parse().unwrap(), ..inline() };
+        match bench.call(run).await.result {
+            Ok(finished) => {
+                assert!(idle);
+                assert_eq!(finished.outcome.verdict, Verdict::Exited);
+                bench.fake.stopped();
+            }
+            Err(CallError::Execute(error)) => assert!(!idle && error.is_for_want_of_room()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Who hoards them loses his own.
+#[tokio::test]
+async fn of_idle_ones_those_of_who_has_most_make_way() {
+    let bench = bench(1600 << 20, |_| {});
+    assert!(!bench.is_warm(inline()).await);
+    let hoard = |word: &str| {
+        let args = vec![word.to_owned()];
+        Call { namespace: "hoard".parse().unwrap(), args, ..inline() }
+    };
+    assert!(!bench.is_warm(hoard("a")).await);
+    assert!(!bench.is_warm(hoard("b")).await);
+    // There is room for three.
+    let run = Call { namespace: "runs".parse().unwrap(), ..inline() };
+    bench.call(run).await.result.unwrap();
+    assert!(bench.is_warm(inline()).await, "the longest idle, and the only one of its namespace");
+    assert!(bench.is_warm(hoard("b")).await);
+    assert!(!bench.is_warm(hoard("a")).await);
+}
+
 #[tokio::test]
 async fn those_that_are_kept_put_nobody_out() {
     let other = || [sample(None), vec![0]].concat();
@@ -347,6 +405,65 @@ async fn what_is_started_for_nobody_makes_way_first() {
     assert!(!bench.is_warm(inline()).await);
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     assert_eq!(bench.fake.stopped().0, started);
+}
+
+/// A service that takes a while to answer first; how many were started.
+fn slow_bench(change: impl FnOnce(&mut Policy)) -> Bench {
+    let calls = Arc::new(AtomicU32::new(0));
+    let inner = answerer(Arc::clone(&calls));
+    let slow: Answerer = Arc::new(move |stream| {
+        let inner = Arc::clone(&inner);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            inner(stream);
+        });
+    });
+    with(PLENTY, change, calls, move |_| Behaviour::Serve(Arc::clone(&slow)))
+}
+
+#[tokio::test]
+async fn a_reload_during_a_start_loses_no_call() {
+    let bench = slow_bench(|_| {});
+    let mut other = testing::policy("demo");
+    other.protocol = Protocol::Grpc;
+    other.digest = Digest::of(b"another content");
+    let reload = async {
+        while bench.dispatcher.instances().starting == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let set = testing::policy_set([other, testing::policy("runs")]);
+        let digest = set.digest;
+        bench.dispatcher.policies.replace(set);
+        bench.fake.announce(digest);
+    };
+    let call = tokio::time::timeout(Duration::from_secs(10), bench.call(inline()));
+    let (reply, ()) = tokio::join!(call, reload);
+    let answer = reply.expect("it ends").result.unwrap().service.unwrap().answer;
+    assert_eq!(answer.unwrap().code, 0);
+    // It is of no use to those that come under the new one.
+    assert!(!bench.is_warm(inline()).await);
+}
+
+#[tokio::test]
+async fn a_start_for_nobody_makes_room_for_another_shape() {
+    // What is started with an argument never answers.
+    let calls = Arc::new(AtomicU32::new(0));
+    let answerer = answerer(Arc::clone(&calls));
+    let limits = |policy: &mut Policy| {
+        policy.instances.max = 1;
+        policy.instances.start_timeout = Limit::Unlimited;
+    };
+    let bench = with(PLENTY, limits, calls, move |launch| match launch.argc > 1 {
+        false => Behaviour::Serve(Arc::clone(&answerer)),
+        true => Behaviour::Wait,
+    });
+    let mut deaf = inline();
+    deaf.args = vec!["deaf".into()];
+    let left = tokio::time::timeout(Duration::from_millis(100), bench.call(deaf)).await;
+    assert!(left.is_err(), "its caller goes away while it starts");
+    let call = tokio::time::timeout(Duration::from_secs(5), bench.call(inline()));
+    let answer = call.await.expect("it ends").result.unwrap().service.unwrap().answer;
+    assert_eq!(answer.unwrap().code, 0);
 }
 
 #[tokio::test]

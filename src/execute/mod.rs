@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Everything an executor needs; decided, nothing left to look up.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Invocation {
     /// The run's id.
     pub run: RunId,
@@ -243,4 +243,12 @@ pub enum ExecuteError {
         /// The error's text.
         error: String,
     },
+}
+
+impl ExecuteError {
+    /// Whether it is to be had as soon as some other run ends.
+    #[must_use]
+    pub fn is_for_want_of_room(&self) -> bool {
+        matches!(self, Self::Refused(Refusal::Exhausted(_)))
+    }
 }

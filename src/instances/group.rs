@@ -78,18 +78,25 @@ impl Group {
         stop: &mut StopSignal,
     ) -> Result<Lease, NoLease> {
         let begun = Instant::now();
+        let patience = recipe.patience.finite();
+        let waits_end = patience.and_then(|patience| begun.checked_add(patience));
+        // Who waits for a start waits as long as that may take, which itself may wait for
+        // memory, but not for one start after the other.
+        let starts_end = self
+            .rules
+            .start_timeout
+            .finite()
+            .and_then(|start| waits_end?.checked_add(patience?)?.checked_add(start));
         let mut place = None;
         let mut known = None;
         loop {
             // Made before the look, so that nothing is missed between the two.
             let changed = self.changed.notified();
-            let queued = match self.look(shared, recipe, &mut known, &mut place)? {
+            let end = match self.look(shared, recipe, &mut known, &mut place)? {
                 Found::Lease(lease) => return Ok(lease),
-                Found::Starting => false,
-                Found::Queued => true,
+                Found::Starting => starts_end,
+                Found::Queued => waits_end,
             };
-            // Who waits for a start waits as long as that may take.
-            let patience = recipe.patience.finite().filter(|_| queued);
             tokio::select! {
                 () = changed => {}
                 () = stop.stopped() => {
@@ -98,8 +105,8 @@ impl Group {
                 () = until(deadline) => {
                     return Err(NotServed::from(AdmissionError::Deadline).into());
                 }
-                () = until(patience.and_then(|patience| begun.checked_add(patience))) => {
-                    let waited = patience.unwrap_or_default();
+                () = until(end) => {
+                    let waited = Duration::from_millis(begun.elapsed().as_millis() as u64);
                     let late = AdmissionError::QueueTimeout { waited, retry_after: RETRY_AFTER };
                     return Err(NotServed::from(late).into());
                 }
@@ -183,7 +190,7 @@ impl Group {
             idle_since: Instant::now(),
             frozen: false,
         });
-        if state.superseded && state.waiting.is_empty() {
+        if state.superseded {
             state.retire_idle();
         }
         drop(state);
@@ -365,15 +372,7 @@ impl Group {
 
     /// Gives one up that is being started and that nobody waits for any more.
     pub(super) fn abandon_one(&self) -> bool {
-        let mut state = self.state();
-        let State { starting, waiting, .. } = &mut *state;
-        let unwanted = starting.iter().position(|one| !waiting.contains(&one.shape));
-        // It is told once.
-        let given_up = unwanted.map(|index| starting.swap_remove(index));
-        if let Some(one) = &given_up {
-            one.abandoned.notify_one();
-        }
-        given_up.is_some()
+        self.state().abandon_one()
     }
 
     /// Ends that one: others need its memory more.
@@ -400,6 +399,12 @@ impl Group {
         // Who is about to take a look holds it.
         let held = Arc::strong_count(self) > 1;
         nobody && !held && state.not_before.is_none_or(|at| at <= now)
+    }
+
+    /// How many instances it has, and starts.
+    pub(super) fn size(&self) -> usize {
+        let state = self.state();
+        state.members.len() + state.starting.len()
     }
 
     /// Adds its instances.
@@ -432,6 +437,9 @@ impl Drop for Place {
         let mut state = self.group.state();
         if let Some(index) = state.waiting.iter().position(|other| *other == self.shape) {
             state.waiting.swap_remove(index);
+        }
+        if state.superseded {
+            state.retire_idle();
         }
     }
 }

@@ -159,15 +159,30 @@ impl State {
         NotServed::CrashLoop { last: last.unwrap_or_default(), retry_after }
     }
 
-    /// Ends an idle one of another shape, unless one is about to end.
+    /// Ends an idle one of another shape, unless one is about to end; or else gives one up
+    /// that is being started and that nobody waits for.
     pub(super) fn make_room(&mut self, shape: &Shape) {
         let mut idle: Vec<_> = self.members.iter_mut().filter(|it| it.calls == 0).collect();
         if idle.iter().any(|member| member.standing == Standing::Retired) {
             return;
         }
-        if let Some(other) = idle.iter_mut().find(|member| member.shape != *shape) {
-            other.retire();
+        match idle.iter_mut().find(|member| member.shape != *shape) {
+            Some(other) => other.retire(),
+            None => _ = self.abandon_one(),
         }
+    }
+
+    /// Gives one up that is being started and that nobody waits for any more. Whether there
+    /// was one.
+    pub(super) fn abandon_one(&mut self) -> bool {
+        let Self { starting, waiting, .. } = self;
+        let unwanted = starting.iter().position(|one| !waiting.contains(&one.shape));
+        // It is told once.
+        let given_up = unwanted.map(|index| starting.swap_remove(index));
+        if let Some(one) = &given_up {
+            one.abandoned.notify_one();
+        }
+        given_up.is_some()
     }
 
     /// No crash loop, or none any more.
@@ -200,9 +215,12 @@ impl State {
         self.starting.retain(|other| !Arc::ptr_eq(other, starting));
     }
 
+    /// Ends those without a call that nobody waits for.
     pub(super) fn retire_idle(&mut self) {
-        for member in &mut self.members {
-            if member.calls == 0 && member.standing != Standing::Retired {
+        let Self { members, waiting, .. } = self;
+        for member in members {
+            let idle = member.calls == 0 && !waiting.contains(&member.shape);
+            if idle && member.standing != Standing::Retired {
                 member.retire();
             }
         }

@@ -43,13 +43,15 @@ use crate::{
     names::{Digest, MethodName, Namespace, RunId, ServiceName},
     policy::{self, store::PolicyStore},
     protocol::grpc::unary::{ServiceStatus, Unary},
-    units::{Limit, MilliCpus},
+    units::{Limit, MilliCpus, Span},
 };
 
 /// Groups that are remembered.
 const GROUPS_MAX: usize = 4096;
 /// Instances of all groups together.
 const INSTANCES_MAX: usize = 1024;
+/// Idle instances that one call puts out at the most, for want of other than memory.
+pub const EVICTED_MAX: u32 = 8;
 /// Bytes of an answer where the policy's limit is "unlimited" or higher.
 pub const ANSWER_MAX: u64 = 256 << 20;
 
@@ -237,7 +239,11 @@ pub enum NotServed {
     #[error(transparent)]
     Admission(#[from] AdmissionError),
     /// Instances end as soon as they are started: the next one is a while off.
-    #[error("the service ended again and again, lately so: {last}")]
+    #[error(
+        "the service ended again and again, at last so: {last}; another is started in {} at the \
+         earliest",
+        Span(Duration::from_millis(retry_after.as_millis() as u64))
+    )]
     CrashLoop {
         /// How the last one ended.
         last: String,
@@ -286,6 +292,11 @@ impl Instances {
     #[must_use]
     pub fn count(&self) -> Count {
         self.shared.count()
+    }
+
+    /// Ends an idle instance, so that something else can be had. Whether there was one.
+    pub async fn make_room(&self) -> bool {
+        review::evict(&self.shared).await
     }
 
     /// Serves one call: by an instance that is there, or by one that is started for it.
@@ -452,9 +463,12 @@ impl Served {
             Ok(_) => "it answered".to_owned(),
             Err(Unanswered::StartTimeout(_)) => "it did not answer in time".to_owned(),
             Err(Unanswered::NotGrpc(what)) => what.clone(),
-            Err(_) => match (self.outcome.exit_code, self.outcome.signal) {
-                (code, 0) => format!("{:?} with code {code}", self.outcome.verdict),
-                (_, signal) => format!("{:?} with signal {signal}", self.outcome.verdict),
+            Err(_) => match self.outcome.verdict {
+                Verdict::Exited => format!("it exited with code {}", self.outcome.exit_code),
+                Verdict::Signalled => format!("it was ended by signal {}", self.outcome.signal),
+                Verdict::OutOfMemory => "it needed more memory than it may have".to_owned(),
+                Verdict::SyscallDenied => "it made a forbidden system call".to_owned(),
+                _ => "it was stopped".to_owned(),
             },
         }
     }

@@ -1,11 +1,11 @@
 //! What ends instances without a call: time, other policies, and others' need of memory.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::{Shared, group::Group, instance::Instance};
-use crate::{execute::service::Service, policy::PolicySet};
+use crate::{execute::service::Service, names::Namespace, policy::PolicySet};
 
 /// How long an instance is idle before it may use no more processor time.
 pub(super) const FREEZE_AFTER: Duration = Duration::from_secs(2);
@@ -74,8 +74,8 @@ fn is_in_force(policies: &PolicySet, group: &Group) -> bool {
     })
 }
 
-/// Ends an instance that is being started for nobody, or else the longest idle of all, and
-/// waits until it is gone. False where there is none.
+/// Ends an instance that is being started for nobody, or else the longest idle one of the
+/// namespace that has most, and waits until it is gone. False where there is none.
 pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
     let groups = shared.all_groups();
     // What nobody waits for any more goes first, ready or not.
@@ -83,11 +83,19 @@ pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
     if groups.iter().any(|group| group.abandon_one()) {
         return timeout(GONE_WAIT, released).await.is_ok();
     }
+    let mut of_namespaces: HashMap<&Namespace, usize> = HashMap::new();
+    for group in &groups {
+        *of_namespaces.entry(&group.key.namespace).or_default() += group.size();
+    }
     let longest = groups
-        .into_iter()
-        .filter_map(|group| Some((group.idle_since()?, group)))
-        // Those that are to be kept come last.
-        .min_by_key(|(idle, _)| *idle);
+        .iter()
+        .filter_map(|group| {
+            let (kept, since) = group.idle_since()?;
+            let most = Reverse(of_namespaces.get(&group.key.namespace));
+            // Those that are to be kept come last. Who has many doesn't put out who has few.
+            Some(((kept, most, since), group))
+        })
+        .min_by_key(|(order, _)| *order);
     let Some(instance) = longest.and_then(|(_, group)| group.evict()) else { return false };
     timeout(GONE_WAIT, instance.service.ended()).await.is_ok()
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::{
-    INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
+    EVICTED_MAX, INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
     group::Group,
     instance::{Instance, NoConnection, open},
     members::{NoLease, Starting},
@@ -58,7 +58,7 @@ pub(super) fn begin(
 ) {
     let (shared, group) = (Arc::clone(shared), Arc::clone(group));
     tokio::spawn(async move {
-        match start(&shared, &group, &recipe, why, &starting).await {
+        match start_with_room(&shared, &group, &recipe, why, &starting).await {
             Ok(instance) => {
                 let instance = Arc::new(instance);
                 follow(&shared, &group, &instance);
@@ -93,6 +93,30 @@ fn follow(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<Instance>) {
         group.ended(&instance, || failed(&instance.service, &ended, Unanswered::Ended));
         review.notify_one();
     });
+}
+
+/// Starts one; idle ones make room where the host has too little of something.
+async fn start_with_room(
+    shared: &Arc<Shared>,
+    group: &Arc<Group>,
+    recipe: &Recipe,
+    why: Start,
+    starting: &Starting,
+) -> Result<Instance, NoLease> {
+    let mut evicted = 0;
+    loop {
+        match start(shared, group, recipe, why, starting).await {
+            Err(NoLease::NotServed(NotServed::Execute(error)))
+                if error.is_for_want_of_room()
+                    && why == Start::Called
+                    && evicted < EVICTED_MAX
+                    && review::evict(shared).await =>
+            {
+                evicted += 1;
+            }
+            result => return result,
+        }
+    }
 }
 
 async fn start(
@@ -215,10 +239,9 @@ async fn answers(service: &Service, socket: ServiceSocket) -> Result<Connection,
             // Closed with what it inherited, or by a server that was just about to begin.
             Err(NoConnection::Open(OpenError::Closed)) => true,
             Err(NoConnection::Socket(error)) => match error.raw_os_error() {
-                Some(libc::EPERM) => {
-                    let what = "what is at GRPC_UNIX_SOCKET is no socket of its own";
-                    return Err(Unanswered::NotGrpc(what.to_owned()));
-                }
+                // What is there is not its own: in direct mode others of its user may have put
+                // it there, so that nothing is known of the service.
+                Some(libc::EPERM) => true,
                 Some(libc::ECONNREFUSED) => socket == ServiceSocket::Own,
                 _ => error.kind() != io::ErrorKind::NotConnected,
             },

@@ -19,7 +19,12 @@ pub fn response(reply: Reply, executor_id: &str) -> (wire::ServeResponse, Summar
     let mut output = None;
     if let Ok(finished) = reply.result {
         output = finished.output;
+        let by_service = finished.service.is_some();
         add_outcome(&mut report, finished.outcome);
+        if by_service {
+            // An instance's is of many calls, at the same time.
+            (report.user_time, report.system_time) = (None, None);
+        }
     }
     let response = wire::ServeResponse {
         status: Some(status(&summary)),
