@@ -30,6 +30,7 @@ in_every_mode! {
     an_idle_one_costs_no_time,
     the_least_are_kept,
     a_reload_drains_those_of_old,
+    a_reload_during_a_start_loses_no_call,
     who_goes_away_is_known_to_the_service,
     an_end_in_good_order_waits_for_calls,
     nothing_is_left,
@@ -209,6 +210,23 @@ fn a_reload_drains_those_of_old(at: &Mode) {
     assert_eq!(state(&nap.finish().unwrap()).token, first.token);
     wait_until("and with it, it is gone", Duration::from_secs(10), || !process.alive());
     assert_eq!(look(&dispatcher, "other").token, other.token, "whose policy is as it was");
+    dispatcher.stop();
+}
+
+fn a_reload_during_a_start_loses_no_call(at: &Mode) {
+    let (old, new) = (token(), token());
+    let slow = |name: &str| policy(at, &started(&format!("name={name} delay={}", scaled_ms(1000))));
+    let dispatcher = Dispatcher::start([("ns", slow(&old))]);
+    let waiting = dispatcher.begin(call("ns", "Look", &Nothing {}));
+    wait_until("it is being started", Duration::from_secs(20), || !host::named(&old).is_empty());
+    dispatcher.write_policy("ns", &slow(&new));
+    dispatcher.signal(Signal::SIGHUP);
+    state(&waiting.finish().unwrap());
+    wait_until("with its last call it is gone", Duration::from_secs(10), || {
+        host::named(&old).is_empty()
+    });
+    look(&dispatcher, "ns");
+    assert!(!host::named(&new).is_empty());
     dispatcher.stop();
 }
 
