@@ -380,6 +380,25 @@ async fn a_connection_that_is_closed_in_good_order_is_made_anew() {
     assert_eq!(answer.unwrap_err(), Unanswered::TimedOut);
 }
 
+/// Nothing of the call was sent: it does no harm to have another instance.
+#[tokio::test]
+async fn one_that_cannot_be_reached_any_more_costs_no_call() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let (answerer, connections) = (answerer(Arc::clone(&calls)), AtomicU32::new(0));
+    let once: Answerer =
+        Arc::new(move |stream| match connections.fetch_add(1, Ordering::Relaxed) {
+            1 => drop(stream),
+            _ => answerer(stream),
+        });
+    let bench = with(PLENTY, |_| {}, calls, move |_| Behaviour::Serve(Arc::clone(&once)));
+    assert!(!bench.is_warm(inline()).await);
+    let mut goodbye = inline();
+    goodbye.method = "Goodbye".parse().unwrap();
+    assert!(bench.is_warm(goodbye).await);
+    assert!(!bench.is_warm(inline()).await, "another instance");
+    bench.fake.stopped();
+}
+
 #[tokio::test]
 async fn what_is_started_for_nobody_makes_way_first() {
     // What begins with a byte more never answers.

@@ -77,6 +77,20 @@ pub(super) enum Exchange {
     GaveUp,
     /// The process ended under it.
     Ended(Arc<Ended>),
+    /// Nothing of it reached the service.
+    Unreached(String),
+}
+
+/// Why a call has no answer yet that is known to be one.
+enum NoAnswer {
+    Unreached(String),
+    Unanswered(Unanswered),
+}
+
+impl From<Unanswered> for NoAnswer {
+    fn from(why: Unanswered) -> Self {
+        Self::Unanswered(why)
+    }
 }
 
 impl Instance {
@@ -117,8 +131,8 @@ impl Instance {
         let called = tokio::select! {
             biased;
             called = self.call(call) => called,
-            () = stop.stopped() => Err(Unanswered::Cancelled),
-            () = until(end_by) => Err(Unanswered::TimedOut),
+            () = stop.stopped() => Err(Unanswered::Cancelled.into()),
+            () = until(end_by) => Err(Unanswered::TimedOut.into()),
         };
         // It was told how long the call may take, and its clock may be the faster one.
         let apart = CLOCKS_APART.min(call.timeout.unwrap_or_default() / 10);
@@ -128,13 +142,19 @@ impl Instance {
                 Exchange::GaveUp
             }
             Ok(answered) => Exchange::Answered(answered),
-            Err(why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_))) => {
-                match self.end().await {
-                    Some(ended) => Exchange::Ended(ended),
-                    None => Exchange::Unanswered(why),
-                }
-            }
-            Err(why) => Exchange::Unanswered(why),
+            Err(NoAnswer::Unreached(why)) => Exchange::Unreached(why),
+            Err(NoAnswer::Unanswered(
+                why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_)),
+            )) => self.perhaps_ended(why).await,
+            Err(NoAnswer::Unanswered(why)) => Exchange::Unanswered(why),
+        }
+    }
+
+    /// What became of a call whose answer is missing or none: the process's end says more.
+    pub(super) async fn perhaps_ended(&self, why: Unanswered) -> Exchange {
+        match self.end().await {
+            Some(ended) => Exchange::Ended(ended),
+            None => Exchange::Unanswered(why),
         }
     }
 
@@ -151,14 +171,14 @@ impl Instance {
         }
     }
 
-    async fn call(&self, call: &Unary) -> Result<Answered, Unanswered> {
+    async fn call(&self, call: &Unary) -> Result<Answered, NoAnswer> {
         let mut retried = false;
         loop {
-            let connection = self.connection().await?;
+            let connection = self.connection().await.map_err(NoAnswer::Unreached)?;
             let (service, method) = (&call.service, &call.method);
             let method = self.methods.find(&connection, service, method, call.timeout).await;
             if method.as_ref().is_some_and(|method| method.streaming) {
-                return Err(Unanswered::Streaming { called: false });
+                return Err(Unanswered::Streaming { called: false }.into());
             }
             match connection.unary(call).await {
                 Ok(Answer { status, message }) => {
@@ -170,13 +190,18 @@ impl Instance {
                     retried = true;
                     self.forget(&connection).await;
                 }
-                Err(CallFailure::Lost { why, .. }) => return Err(Unanswered::ConnectionLost(why)),
-                Err(CallFailure::TooLarge(_)) => return Err(Unanswered::TooLarge),
+                Err(CallFailure::Lost { sent: false, why }) => {
+                    return Err(NoAnswer::Unreached(why));
+                }
+                Err(CallFailure::Lost { why, .. }) => {
+                    return Err(Unanswered::ConnectionLost(why).into());
+                }
+                Err(CallFailure::TooLarge(_)) => return Err(Unanswered::TooLarge.into()),
                 Err(CallFailure::Streaming) => {
-                    return Err(Unanswered::Streaming { called: true });
+                    return Err(Unanswered::Streaming { called: true }.into());
                 }
                 Err(failure @ (CallFailure::Reset(_) | CallFailure::Malformed(_))) => {
-                    return Err(Unanswered::BadAnswer(failure.to_string()));
+                    return Err(Unanswered::BadAnswer(failure.to_string()).into());
                 }
             }
         }
@@ -184,7 +209,7 @@ impl Instance {
 
     /// The connection, made anew where it was closed. Where none can be made the instance is
     /// lost, for those too that wait here.
-    async fn connection(&self) -> Result<Connection, Unanswered> {
+    async fn connection(&self) -> Result<Connection, String> {
         let mut kept = self.connection.lock().await;
         if let Some(connection) = kept.as_ref().filter(|connection| !connection.is_closed()) {
             return Ok(connection.clone());
@@ -192,14 +217,11 @@ impl Instance {
         *kept = None;
         let silent = || "no connection with the service: it doesn't answer".to_owned();
         if self.is_lost() {
-            return Err(Unanswered::ConnectionLost(silent()));
+            return Err(silent());
         }
         let made = timeout(RECONNECT_WAIT, self.connect()).await;
         let made = made.unwrap_or_else(|_| Err(silent()));
-        let connection = made.map_err(|why| {
-            self.lost.store(true, Ordering::Relaxed);
-            Unanswered::ConnectionLost(why)
-        })?;
+        let connection = made.inspect_err(|_| self.lost.store(true, Ordering::Relaxed))?;
         *kept = Some(connection.clone());
         Ok(connection)
     }

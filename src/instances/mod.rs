@@ -50,6 +50,8 @@ use crate::{
 const GROUPS_MAX: usize = 4096;
 /// Instances of all groups together.
 const INSTANCES_MAX: usize = 1024;
+/// Instances that one call gives up since nothing of it reached them.
+const UNREACHED_MAX: u32 = 1;
 /// Idle instances that one call puts out at the most, for want of other than memory.
 pub const EVICTED_MAX: u32 = 8;
 /// Bytes of an answer where the policy's limit is "unlimited" or higher.
@@ -307,29 +309,41 @@ impl Instances {
         let begun = Instant::now();
         let group = self.group(&ask)?;
         let Ask { recipe, mut call, timeout, deadline, mut stop, output_limit, .. } = ask;
-        let lease = match group.acquire(&self.shared, &recipe, deadline, &mut stop).await {
-            Ok(lease) => lease,
-            Err(NoLease::NotServed(error)) => return Err(error),
-            Err(NoLease::Failed(failed)) => return Ok(*failed),
-        };
-        let warm = lease.instance().ready_at <= begun;
-        let setup = begun.elapsed();
-        let now = Instant::now();
-        let own = timeout.finite().and_then(|timeout| now.checked_add(timeout));
-        let end_by = [own, deadline].into_iter().flatten().min();
-        call.timeout = end_by.map(|end| end.saturating_duration_since(now));
         call.limit = output_limit.finite().unwrap_or(ANSWER_MAX).min(ANSWER_MAX);
-        let started = SystemTime::now();
-        let mark = lease.instance().service.logged();
-        let exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
-        // Where our clock and the service's were apart.
-        let timed_out =
-            matches!(exchange, Exchange::GaveUp | Exchange::Unanswered(Unanswered::TimedOut));
-        let over = timed_out && end_by == own;
-        let least = call.timeout.filter(|_| over).unwrap_or_default();
-        let wall = now.elapsed().max(least);
-        let times = Times { started, setup, wall };
-        Ok(told(lease, exchange, times, mark, warm, call.timeout.is_some()).await)
+        let mut unreached = 0;
+        loop {
+            let lease = match group.acquire(&self.shared, &recipe, deadline, &mut stop).await {
+                Ok(lease) => lease,
+                Err(NoLease::NotServed(error)) => return Err(error),
+                Err(NoLease::Failed(failed)) => return Ok(*failed),
+            };
+            let warm = lease.instance().ready_at <= begun;
+            let setup = begun.elapsed();
+            let now = Instant::now();
+            let own = timeout.finite().and_then(|timeout| now.checked_add(timeout));
+            let end_by = [own, deadline].into_iter().flatten().min();
+            call.timeout = end_by.map(|end| end.saturating_duration_since(now));
+            let started = SystemTime::now();
+            let mark = lease.instance().service.logged();
+            let mut exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
+            if let Exchange::Unreached(why) = exchange {
+                unreached += 1;
+                if unreached <= UNREACHED_MAX {
+                    lease.lost();
+                    continue;
+                }
+                let why = Unanswered::ConnectionLost(why);
+                exchange = lease.instance().perhaps_ended(why).await;
+            }
+            // Where our clock and the service's were apart.
+            let timed_out =
+                matches!(exchange, Exchange::GaveUp | Exchange::Unanswered(Unanswered::TimedOut));
+            let over = timed_out && end_by == own;
+            let least = call.timeout.filter(|_| over).unwrap_or_default();
+            let wall = now.elapsed().max(least);
+            let times = Times { started, setup, wall };
+            return Ok(told(lease, exchange, times, mark, warm, call.timeout.is_some()).await);
+        }
     }
 
     fn group(&self, ask: &Ask) -> Result<Arc<Group>, NotServed> {
@@ -415,6 +429,10 @@ async fn told(
                 _ => lease.done(),
             }
             Err(why)
+        }
+        Exchange::Unreached(why) => {
+            lease.lost();
+            Err(Unanswered::ConnectionLost(why))
         }
         Exchange::Ended(ended) => {
             lease.done();
