@@ -22,6 +22,10 @@ use common::{
 };
 use serde_json::Value;
 
+mod cli {
+    mod doctor;
+}
+
 fn dispatcher() -> &'static Dispatcher {
     static SERVER: OnceLock<Dispatcher> = OnceLock::new();
     shared(&SERVER, || {
