@@ -24,6 +24,7 @@ use serde_json::Value;
 
 mod cli {
     mod doctor;
+    pub mod services;
 }
 
 fn dispatcher() -> &'static Dispatcher {
@@ -33,7 +34,8 @@ fn dispatcher() -> &'static Dispatcher {
             "[limits]\ntimeout = \"{}ms\"\nmemory = \"48MiB\"\noutput = \"64KiB\"\n",
             scaled_ms(2000)
         );
-        Dispatcher::start([("jail", plain(&limits)), ("demo", plain(&limits))])
+        let policies = [("jail", plain(&limits)), ("demo", plain(&limits))];
+        Dispatcher::start([&policies[..], &[("service", cli::services::policy())]].concat())
     })
 }
 

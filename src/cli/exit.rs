@@ -27,6 +27,11 @@ const SYSCALL_DENIED: u8 = 159;
 /// As a shell tells of SIGINT.
 const CANCELLED: u8 = 130;
 
+/// The reason of a reply whose status is a gRPC service's own: it is told by its name.
+const SERVICE_STATUS: &str = "service_status";
+/// In place of a message that is empty.
+const NO_MESSAGE: &str = "(no message)";
+
 /// The exit code of `run` and `call` for a reply.
 fn code(report: &ExecutionReport, status: &Status) -> u8 {
     match report.verdict() {
@@ -64,7 +69,37 @@ pub fn finish(report: &ExecutionReport, status: &Status, unfinished: bool) -> Ex
 fn line(report: &ExecutionReport, status: &Status) -> String {
     let verdict = report.verdict().as_str_name().trim_start_matches("VERDICT_");
     let reason = status.details.get("reason").map_or("failed", String::as_str);
-    format!("dispatcher: {verdict} {reason}: {}", printable(&status.message))
+    let message = printable(&status.message);
+    let text = match (reason == SERVICE_STATUS, message.is_empty()) {
+        (true, true) => format!("{} {NO_MESSAGE}", status.code().as_str_name()),
+        (true, false) => format!("{}: {message}", status.code().as_str_name()),
+        (false, _) => or_none(&message).to_owned(),
+    };
+    format!("dispatcher: {verdict} {reason}: {text}")
+}
+
+/// A message without the end of a standard error that it ends with and that was
+/// printed already, as a service's that did not start.
+#[must_use]
+pub fn without_tail(message: &str, printed: &[u8]) -> String {
+    const TAIL: &str = "its standard error ends with: ";
+    let printed = String::from_utf8_lossy(printed);
+    // Whatever is left out was printed, whoever wrote these words.
+    let tail = message.match_indices(TAIL).find(|(at, _)| {
+        // Where it was cut within a character it begins with a replacement.
+        let told = message[at + TAIL.len()..].trim_start_matches(char::REPLACEMENT_CHARACTER);
+        !told.is_empty() && printed.trim_end().ends_with(told)
+    });
+    match tail {
+        Some((at, _)) => format!("{}its standard error is above", &message[..at]),
+        None => message.to_owned(),
+    }
+}
+
+/// The message, or that there is none.
+#[must_use]
+pub fn or_none(message: &str) -> &str {
+    if message.trim().is_empty() { NO_MESSAGE } else { message }
 }
 
 /// Says what is wrong and gives the code.
@@ -80,9 +115,13 @@ pub fn is_unfinished(text: &[u8]) -> bool {
     text.last().is_some_and(|last| *last != b'\n')
 }
 
-/// Text of a stranger's for a terminal: no escape sequence gets through.
+/// Text of a stranger's for one line of a terminal: lines are set side by side, and no
+/// escape sequence gets through.
 fn printable(text: &str) -> String {
-    text.chars()
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines
+        .join(" | ")
+        .chars()
         .map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c })
         .collect()
 }
@@ -144,6 +183,59 @@ mod tests {
             line(&report(Verdict::Refused, 0, 0), &status),
             "dispatcher: REFUSED no_policy: no\u{fffd}[31m policy"
         );
+    }
+
+    #[test]
+    fn a_services_status_is_told_by_its_name() {
+        for (code, message, expected) in [
+            (status::Code::Unimplemented, "", "UNIMPLEMENTED (no message)"),
+            (status::Code::Unimplemented, " \n", "UNIMPLEMENTED (no message)"),
+            (status::Code::NotFound, "no such book", "NOT_FOUND: no such book"),
+        ] {
+            let status = Status {
+                code: code.into(),
+                message: message.into(),
+                details: [("reason".to_owned(), "service_status".to_owned())].into(),
+            };
+            assert_eq!(
+                line(&report(Verdict::Completed, 0, 0), &status),
+                format!("dispatcher: COMPLETED service_status: {expected}")
+            );
+        }
+        let status = Status { code: status::Code::Unknown.into(), ..Status::default() };
+        assert_eq!(
+            line(&report(Verdict::Failed, 0, 0), &status),
+            "dispatcher: FAILED failed: (no message)"
+        );
+    }
+
+    #[test]
+    fn an_empty_message_is_told_as_one() {
+        assert_eq!(or_none(" \n"), "(no message)");
+        assert_eq!(or_none("why"), "why");
+    }
+
+    #[test]
+    fn many_lines_are_set_on_one() {
+        assert_eq!(printable("one\n\ttw\to\r\n\n  three\n"), "one | tw\to | three");
+        assert_eq!(printable("a\rb\x1b[2J\x00"), "a\u{fffd}b\u{fffd}[2J\u{fffd}");
+        assert_eq!(printable("\n\n"), "");
+    }
+
+    #[test]
+    fn what_was_printed_is_not_told_again() {
+        let message = "it exited; its standard error ends with: no\nhome";
+        let above = "it exited; its standard error is above";
+        assert_eq!(without_tail(message, b"first\nno\nhome\n"), above);
+        let cut = "it exited; its standard error ends with: \u{fffd} home";
+        assert_eq!(without_tail(cut, "n\u{e9} home".as_bytes()), above);
+        // What wasn't printed is told.
+        for printed in [&b"no\nhome and more"[..], b"home", b""] {
+            assert_eq!(without_tail(message, printed), message);
+        }
+        for message in ["not found", "its standard error ends with: ", ""] {
+            assert_eq!(without_tail(message, b"not found"), message);
+        }
     }
 
     #[test]

@@ -125,7 +125,7 @@ pub fn run(args: CallArgs) -> ExitCode {
         }
         Err(CallError::Rejected(status)) => exit::fail(
             exit::REFUSED,
-            format_args!("FAILED {}: {}", reason(&status), status.message()),
+            format_args!("FAILED {}: {}", reason(&status), exit::or_none(status.message())),
         ),
     }
 }
@@ -281,13 +281,14 @@ fn upload_bar(size: usize) -> ProgressBar {
 
 fn show(args: &CallArgs, response: &ServeResponse) -> ExitCode {
     let report = response.report.clone().unwrap_or_default();
-    let status = response.status.clone().unwrap_or_default();
+    let mut status = response.status.clone().unwrap_or_default();
     // A reader that went away (`| head`) is no failure of the call's.
     if args.json {
         writeln!(io::stdout(), "{:#}", json::response(response)).ok();
     } else {
         io::stdout().write_all(&output_bytes(response.output.as_ref())).ok();
         io::stderr().write_all(&report.stderr).ok();
+        status.message = exit::without_tail(&status.message, &report.stderr);
     }
     io::stdout().flush().ok();
     exit::finish(&report, &status, !args.json && exit::is_unfinished(&report.stderr))
