@@ -345,6 +345,7 @@ fn usage_errors_are_2() {
         &["policy"],
         &["run", "--timeout", "soon", "/bin/true"],
         &["run", "--cpus", "many", "/bin/true"],
+        &["run", "--service", "a"],
         &["call", "--namespace", "x", "no-slash"],
     ] {
         let output = finish(command().args(args));

@@ -25,7 +25,7 @@ use crate::{
     execute::{Chunk, Executors, OutputSink, stop::StopHandle, stop::StopSignal},
     names::RunId,
     policy::{
-        PolicySet,
+        PolicySet, Protocol,
         compile::{self, Loaded},
         fault::Fault,
         store::PolicyStore,
@@ -60,12 +60,12 @@ pub struct RunArgs {
     /// Whose policy applies [default: that of --policy, else `default`]
     #[arg(long, value_name = "NS")]
     namespace: Option<String>,
-    /// What the program is told it is called as
-    #[arg(long, value_name = "S", default_value = "run")]
-    service: String,
-    /// Which of its methods
-    #[arg(long, value_name = "M", default_value = "main")]
-    method: String,
+    /// What the program is told it is called as; a gRPC service's full name [default: run]
+    #[arg(long, value_name = "S")]
+    service: Option<String>,
+    /// Which of its methods [default: main]
+    #[arg(long, value_name = "M")]
+    method: Option<String>,
     /// Standard input of the program; - for our own
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
@@ -79,6 +79,16 @@ pub struct RunArgs {
     /// Arguments for the program
     #[arg(value_name = "ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
+}
+
+impl RunArgs {
+    fn service(&self) -> &str {
+        self.service.as_deref().unwrap_or("run")
+    }
+
+    fn method(&self) -> &str {
+        self.method.as_deref().unwrap_or("main")
+    }
 }
 
 /// Why nothing ran.
@@ -113,6 +123,7 @@ fn prepare_and_run(args: &RunArgs) -> Result<(ServeResponse, bool), RunError> {
     let settings = config::load(None, &overrides, &Surroundings::current())
         .map_err(RunError::Configuration)?;
     let (loaded, namespace) = policies(args, &settings)?;
+    check_names(args, &loaded.set, &namespace)?;
     let request = request(args, namespace)?;
     let Loaded { set, templates, .. } = loaded;
     with_launcher(&settings, &templates, async |executors, signals| {
@@ -142,6 +153,25 @@ fn policies(args: &RunArgs, settings: &LoadedConfig) -> Result<(Loaded, String),
     Ok((loaded, named.unwrap_or_else(|| "default".to_owned())))
 }
 
+/// A gRPC service has the names that its proto gives it: there is nothing to take
+/// in their place. Whatever else is wrong, the run tells.
+fn check_names(args: &RunArgs, set: &PolicySet, namespace: &str) -> Result<(), RunError> {
+    if args.service.is_some() && args.method.is_some() {
+        return Ok(());
+    }
+    let policy = namespace
+        .parse()
+        .ok()
+        .and_then(|namespace| set.choose(&namespace, args.service(), args.method()));
+    if policy.is_none_or(|policy| policy.protocol != Protocol::Grpc) {
+        return Ok(());
+    }
+    Err(RunError::Usage(format!(
+        "the policy of {namespace} has protocol \"grpc\": say what to call with both --service and \
+         --method, such as --service helloworld.Greeter --method SayHello"
+    )))
+}
+
 fn request(args: &RunArgs, namespace: String) -> Result<ServeRequest, RunError> {
     let binary = std::fs::read(&args.binary)
         .map_err(|error| RunError::Usage(format!("{}: {error}", args.binary.display())))?;
@@ -153,10 +183,10 @@ fn request(args: &RunArgs, namespace: String) -> Result<ServeRequest, RunError> 
     Ok(ServeRequest {
         service: Some(ServiceTypeRef {
             namespace: namespace.clone(),
-            service_name: args.service.clone(),
+            service_name: args.service().to_owned(),
         }),
         namespace,
-        method_name: args.method.clone(),
+        method_name: args.method().to_owned(),
         input: input.map(|value| Any { type_url: String::new(), value }),
         service_def: Some(ServiceDef::ServiceBinary(binary.into())),
         options: Some(args.limits.options(args.args.clone())),
@@ -240,4 +270,37 @@ fn show(args: &RunArgs, response: &ServeResponse, unfinished: bool) -> ExitCode 
     }
     io::stdout().flush().ok();
     exit::finish(&report, &response.status.clone().unwrap_or_default(), unfinished)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::testing;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        run: RunArgs,
+    }
+
+    #[test]
+    fn a_grpc_policy_needs_names() {
+        let set = |protocol| {
+            let mut set = testing::policy_set([testing::policy("demo")]);
+            set.policies.get_mut("demo").unwrap().base.protocol = protocol;
+            set
+        };
+        let check = |words: &[&str], protocol| {
+            let args = Cli::parse_from([&["run"], words, &["./binary"]].concat()).run;
+            check_names(&args, &set(protocol), "demo").is_ok()
+        };
+        let (service, method) = (["--service", "a.B"], ["--method", "C"]);
+        for some in [&[][..], &service, &method] {
+            assert!(!check(some, Protocol::Grpc), "{some:?}");
+            assert!(check(some, Protocol::Exec), "{some:?}");
+        }
+        assert!(check(&[service, method].concat(), Protocol::Grpc));
+    }
 }

@@ -55,3 +55,14 @@ fn what_a_service_complained_is_told_once_and_on_its_lines() {
     let told = line(&output);
     assert!(told.ends_with("; its standard error ends with: bro | ken"), "{told}");
 }
+
+#[test]
+fn a_grpc_policy_needs_names_to_run() {
+    let policy = file("services/demo.toml", &policy());
+    for names in [&[][..], &["--service", "a.B"], &["--method", "C"]] {
+        let output = run(&policy, names, "act", &[]);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let told = line(&output);
+        assert!(told.contains("--service") && told.contains("--method"), "{told}");
+    }
+}
