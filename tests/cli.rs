@@ -347,6 +347,8 @@ fn usage_errors_are_2() {
         &["run", "--cpus", "many", "/bin/true"],
         &["run", "--service", "a"],
         &["call", "--namespace", "x", "no-slash"],
+        &["call", "--address", "nonsense", "--namespace", "x", "a/b"],
+        &["call", "--address", "http://127.0.0.1:1", "--namespace", "x", "a/b"],
     ] {
         let output = finish(command().args(args));
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");

@@ -18,6 +18,7 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 
+use super::address::socket_path;
 use crate::wire::{
     ServeRequest, ServeResponse, collective_dispatcher_client::CollectiveDispatcherClient,
 };
@@ -72,7 +73,7 @@ pub(super) async fn connect(address: &str) -> Result<Client, String> {
 
 async fn open(target: &str) -> io::Result<Box<dyn Stream>> {
     match target.strip_prefix("unix:") {
-        Some(path) => Ok(Box::new(UnixStream::connect(path.trim_start_matches("//")).await?)),
+        Some(path) => Ok(Box::new(UnixStream::connect(socket_path(path)).await?)),
         None => {
             let stream = TcpStream::connect(target).await?;
             stream.set_nodelay(true)?;

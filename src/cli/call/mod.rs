@@ -3,6 +3,7 @@
 //! The binary is named by its digest first; its bytes are sent only when the
 //! service says that it doesn't hold them.
 
+mod address;
 mod connect;
 
 use std::{
@@ -57,7 +58,8 @@ pub struct CallArgs {
         long,
         value_name = "ADDR",
         env = "DISPATCHER_ADDRESS",
-        default_value = "127.0.0.1:50051"
+        default_value = "127.0.0.1:50051",
+        value_parser = address::parse
     )]
     address: String,
     /// Whose policy applies
