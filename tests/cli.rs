@@ -349,6 +349,7 @@ fn usage_errors_are_2() {
         &["call", "--namespace", "x", "no-slash"],
         &["call", "--address", "nonsense", "--namespace", "x", "a/b"],
         &["call", "--address", "http://127.0.0.1:1", "--namespace", "x", "a/b"],
+        &["config", "check", "--config", "a.toml", "b.toml"],
     ] {
         let output = finish(command().args(args));
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
@@ -493,6 +494,8 @@ fn config_check_is_as_strict() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let told = format!("{}{}", text(&output.stdout), text(&output.stderr));
     assert!(told.contains("bad.toml:2:1") && told.contains("bad.toml:3:"), "{told}");
+    let flag = finish(command().args(["config", "check", "--config"]).arg(&bad));
+    assert_eq!((flag.status.code(), flag.stderr), (Some(1), output.stderr));
 }
 
 #[test]

@@ -27,6 +27,9 @@ enum ConfigCommand {
     Check {
         /// The file [default: $DISPATCHER_CONFIG, else the one that `serve` would read]
         file: Option<PathBuf>,
+        /// The same, as `serve` and `doctor` take it
+        #[arg(long, value_name = "FILE", conflicts_with = "file")]
+        config: Option<PathBuf>,
     },
     /// Print the JSON Schema of the server's own file
     Schema,
@@ -52,13 +55,16 @@ fn run_with(
     err: &mut dyn Write,
 ) -> io::Result<u8> {
     match &args.command {
-        ConfigCommand::Check { file } => match config::find_file(file.as_deref(), surroundings) {
-            Some(file) => check(&file, surroundings, out, err),
-            None => {
-                writeln!(out, "{}: not there; the defaults hold", config::SYSTEM_FILE)?;
-                Ok(0)
+        ConfigCommand::Check { file, config } => {
+            let named = file.as_deref().or(config.as_deref());
+            match config::find_file(named, surroundings) {
+                Some(file) => check(&file, surroundings, out, err),
+                None => {
+                    writeln!(out, "{}: not there; the defaults hold", config::SYSTEM_FILE)?;
+                    Ok(0)
+                }
             }
-        },
+        }
         ConfigCommand::Schema => {
             writeln!(out, "{:#}", config::schema())?;
             Ok(0)
@@ -124,6 +130,18 @@ mod tests {
         assert_eq!((code, out.as_str()), (1, ""));
         assert_eq!(err.lines().count(), 2, "{err}");
         assert_eq!(config(&["check", "/nowhere"]).0, 1);
+    }
+
+    #[test]
+    fn check_takes_the_file_as_serve_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("d.toml").to_str().unwrap().to_owned();
+        std::fs::write(&path, "[server]\nport = 3\n").unwrap();
+        let by_place = config(&["check", &path]);
+        assert_eq!(by_place.0, 1);
+        assert_eq!(config(&["check", "--config", &path]), by_place);
+        let both = Cli::try_parse_from(["config", "check", "--config", &path, &path]);
+        assert_eq!(both.err().unwrap().exit_code(), 2);
     }
 
     #[test]
