@@ -286,6 +286,11 @@ fn print_request_prints_what_would_be_sent() {
     let printed = request(&["--binary", binary.to_str().unwrap(), "--timeout", "2s"]);
     assert_eq!(printed["namespace"], "jail");
     assert!(printed.to_string().contains("\"main\""), "{printed}");
+    let about = ["--metadata", "x-user=ada", "--request-id", "r1", "--label", "team=a"];
+    let printed = request(&about);
+    assert_eq!(printed["executionContext"]["metadata.x-user"], "ada");
+    assert_eq!(printed["options"]["requestId"], "r1");
+    assert_eq!(printed["options"]["labels"]["team"], "a");
     let by_uri = request(&["--uri", "sha256:00"]);
     assert!(by_uri.to_string().contains("sha256:00"), "{by_uri}");
 }
@@ -349,6 +354,8 @@ fn usage_errors_are_2() {
         &["call", "--namespace", "x", "no-slash"],
         &["call", "--address", "nonsense", "--namespace", "x", "a/b"],
         &["call", "--address", "http://127.0.0.1:1", "--namespace", "x", "a/b"],
+        &["call", "--metadata", "x", "--namespace", "x", "a/b"],
+        &["call", "--label", "a=1", "--label", "a=2", "--namespace", "x", "a/b"],
         &["config", "check", "--config", "a.toml", "b.toml"],
     ] {
         let output = finish(command().args(args));

@@ -26,7 +26,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "M", value_parser = parse_mode)]
     mode: Option<Mode>,
     /// An environment variable, where the policy allows it; may be repeated
-    #[arg(long, value_name = "K=V", value_parser = parse_env)]
+    #[arg(long, value_name = "K=V", value_parser = parse_pair)]
     env: Vec<(String, String)>,
 }
 
@@ -64,7 +64,8 @@ fn parse_mode(text: &str) -> Result<Mode, String> {
     text.parse().map_err(|()| "write jail, container or direct".into())
 }
 
-fn parse_env(text: &str) -> Result<(String, String), String> {
+/// `NAME=VALUE`; the value may be empty, and have more of these signs.
+pub(super) fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("write NAME=VALUE".into()),
@@ -77,9 +78,9 @@ mod tests {
 
     #[test]
     fn environment_needs_a_name_and_an_equals_sign() {
-        assert_eq!(parse_env("A=b=c"), Ok(("A".into(), "b=c".into())));
-        assert_eq!(parse_env("A="), Ok(("A".into(), String::new())));
-        assert!(parse_env("A").is_err());
-        assert!(parse_env("=b").is_err());
+        assert_eq!(parse_pair("A=b=c"), Ok(("A".into(), "b=c".into())));
+        assert_eq!(parse_pair("A="), Ok(("A".into(), String::new())));
+        assert!(parse_pair("A").is_err());
+        assert!(parse_pair("=b").is_err());
     }
 }

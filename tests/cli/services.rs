@@ -41,6 +41,18 @@ fn a_services_status_has_its_name() {
 }
 
 #[test]
+fn headers_of_a_call_reach_the_service() {
+    let words = ["--metadata", "x-user=Ada", "--request-id", "r1", "--label", "team=a"];
+    let output = call("service", &[&words[..], &["test.Probe/Metadata"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let entries = String::from_utf8_lossy(&output.stdout);
+    assert!(entries.contains("x-user") && entries.contains("Ada"), "{output:?}");
+    // The server's word on what it may not be.
+    let output = call("service", &["--metadata", "te=x", "test.Probe/Metadata"]);
+    assert!(line(&output).contains("REFUSED bad_field"), "{output:?}");
+}
+
+#[test]
 fn what_a_service_complained_is_told_once_and_on_its_lines() {
     let output = call("act", &["a.B/C", "err", "bro\nken\n", "exit", "3"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");

@@ -3,6 +3,7 @@
 //! The binary is named by its digest first; its bytes are sent only when the
 //! service says that it doesn't hold them.
 
+mod about;
 mod address;
 mod connect;
 
@@ -18,6 +19,8 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use prost_types::Any;
+
+use about::AboutArgs;
 
 use super::{
     exit::{self, UNREACHABLE, USAGE},
@@ -44,6 +47,8 @@ Examples:
       --uri sha256:HEX --input request.bin greeter/Hello
   dispatcher call --namespace demo --binary ./hello --input-type google.protobuf.StringValue \\
       --input-json '\"hi\"' --json greeter/Hello
+  dispatcher call --namespace greeter --binary ./greeter --metadata x-user=ada \\
+      --request-id r-17 helloworld.Greeter/SayHello
   dispatcher call --namespace demo --binary ./hello --print-request greeter/Hello |
       grpcurl -plaintext -d @ 127.0.0.1:50051 collector.CollectiveDispatcher/Serve
 
@@ -82,6 +87,8 @@ pub struct CallArgs {
     input_json: Option<String>,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    about: AboutArgs,
     /// Print the whole response as JSON
     #[arg(long)]
     json: bool,
@@ -219,7 +226,7 @@ fn request(args: &CallArgs) -> Result<ServeRequest, CallError> {
     let (service, method) = args.target.split_once('/').ok_or_else(|| {
         CallError::Usage(format!("{:?} is not SERVICE/METHOD, such as greeter/Hello", args.target))
     })?;
-    Ok(ServeRequest {
+    let mut request = ServeRequest {
         namespace: args.namespace.clone(),
         service: Some(ServiceTypeRef {
             namespace: args.namespace.clone(),
@@ -230,7 +237,9 @@ fn request(args: &CallArgs) -> Result<ServeRequest, CallError> {
         service_def: args.uri.clone().map(ServiceDef::ServiceUri),
         options: Some(args.limits.options(args.args.clone())),
         ..Default::default()
-    })
+    };
+    args.about.add_to(&mut request).map_err(CallError::Usage)?;
+    Ok(request)
 }
 
 fn input(args: &CallArgs) -> Result<Option<Any>, CallError> {
@@ -352,6 +361,16 @@ mod tests {
         assert_eq!(options.memory_bytes, 64 << 20);
         assert_eq!(options.env["A"], "b");
         assert_eq!(request.input.unwrap().type_url, "x/y.Z");
+    }
+
+    #[test]
+    fn what_is_said_about_a_call_is_sent_and_printed() {
+        let words = ["--metadata", "x-user=ada", "--request-id", "r1", "--label", "team=a"];
+        let request = request(&parsed(&[&words[..], &["a/b"]].concat())).ok().unwrap();
+        let printed = json::request(&request);
+        assert_eq!(printed["executionContext"]["metadata.x-user"], "ada");
+        assert_eq!(printed["options"]["requestId"], "r1");
+        assert_eq!(printed["options"]["labels"]["team"], "a");
     }
 
     #[test]
