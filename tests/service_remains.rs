@@ -8,7 +8,7 @@ mod instance;
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
-use common::{host::Process, programs, rootless, wait_for, wait_until};
+use common::{host::Process, patience, programs, rootless, wait_for, wait_until};
 use dispatcher::{
     jail::{
         message::{Exhausted, FromLauncher, FromServer, Launch, Refusal, ServiceSocket},
@@ -276,6 +276,10 @@ fn a_run_that_is_being_built_is_not_frozen() {
         let mut io = Io::new();
         // It finds both at once: none of this kind waits yet, so that one is built.
         signal(Signal::STOP);
+        let stat = format!("/proc/{}/stat", services.launcher.child.id());
+        wait_until("the launcher stands still", LIMIT, || {
+            fs::read_to_string(&stat).unwrap().contains(") T ")
+        });
         services.launcher.launch(&launch, &["serve", PATH], &programs::bytes("serve"), &mut io);
         let freeze = FromServer::Freeze { run: launch.run, frozen: true };
         send(services.launcher.server.as_ref().unwrap(), &freeze, &[]);
@@ -285,10 +289,16 @@ fn a_run_that_is_being_built_is_not_frozen() {
             instance::connect(&services.launcher, launch.run, ServiceSocket::Inherited).is_ok()
         });
         // And goes on, as its use of processors tells: it says what it finds.
-        let mut text = String::new();
+        let (done, ready) = std::sync::mpsc::channel();
         let mut stdout = std::io::BufReader::new(fs::File::from(io.stdout.0));
-        while !text.ends_with("ready=1\n") {
-            assert_ne!(std::io::BufRead::read_line(&mut stdout, &mut text).unwrap(), 0, "{text}");
-        }
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            while !text.ends_with("ready=1\n") {
+                let more = std::io::BufRead::read_line(&mut stdout, &mut text).unwrap();
+                assert_ne!(more, 0, "{text}");
+            }
+            let _ = done.send(());
+        });
+        ready.recv_timeout(patience(LIMIT)).expect("it says what it finds");
     }
 }

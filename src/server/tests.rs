@@ -282,7 +282,7 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     assert_eq!(refused.metadata().get("dispatcher-code").unwrap(), "UNAVAILABLE");
     // The running one is stopped when the drain's time is over, and answered.
     let response = running.await.unwrap().unwrap().into_inner();
-    assert_eq!(response.status.unwrap().code(), StatusCode::Cancelled);
+    assert_eq!(response.status.unwrap().code(), StatusCode::Unavailable);
     assert_eq!(response.report.unwrap().verdict(), wire::Verdict::Cancelled);
     bench.served.await.unwrap().unwrap();
 }

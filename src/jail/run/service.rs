@@ -77,9 +77,11 @@ impl Run {
 
     /// Takes all processors away from it, or gives them back. Init as well: so it hears
     /// nothing meanwhile. But whoever is frozen by cgroup v2 can be killed, by us, and by the
-    /// kernel when we are gone (`PR_SET_PDEATHSIG`).
+    /// kernel when we are gone (`PR_SET_PDEATHSIG`). Nothing of one that isn't a program's
+    /// yet: until then we wait for its word.
     pub fn freeze(&self, frozen: bool) {
         if self.phase == Phase::Running
+            && self.filtered
             && let Some(cgroup) = &self.cgroup
         {
             cgroup.freeze(frozen);
