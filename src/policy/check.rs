@@ -38,9 +38,10 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
     service_binds(policy, &mut faults);
     syscalls(holds, &mut faults);
     environment(holds, &mut faults);
-    instances(&holds.instances, &mut faults);
-    for special in &policy.overrides {
-        instances(&special.resolved.instances, &mut faults);
+    let overrides = policy.overrides.iter().map(|special| &special.resolved);
+    for holds in std::iter::once(holds).chain(overrides) {
+        instances(&holds.instances, &mut faults);
+        service_files(holds, &mut faults);
     }
     faults
 }
@@ -265,6 +266,18 @@ fn instances(holds: &instances::Resolved, faults: &mut Vec<Fault>) {
         );
         let place = if holds.min.place.is_written() { &holds.min.place } else { &holds.max.place };
         faults.push(Fault::new(place, message, "write a min that is not above max"));
+    }
+}
+
+/// A service inherits a socket beside its three streams, and has one more open while it
+/// becomes the program.
+fn service_files(holds: &Resolved, faults: &mut Vec<Fault>) {
+    const LEAST: u64 = 5;
+    let files = &holds.limits.open_files;
+    let few = files.value.finite().is_some_and(|files| files < LEAST);
+    if few && holds.call.protocol.value == Protocol::Grpc {
+        let message = "limits.open_files is too small for a gRPC service to start with";
+        faults.push(Fault::new(&files.place, message, format!("write {LEAST} or more")));
     }
 }
 
