@@ -208,7 +208,13 @@ fn routes(handler: Handler, health: &Health) -> Result<Routes, tonic_reflection:
     let routes = Routes::new(dispatcher).add_service(health.service());
     let described =
         Described { files: &[wire::DESCRIPTORS], services: &["collector.CollectiveDispatcher"] };
-    health::add_reflection(routes, described)
+    let routes = health::add_reflection(routes, described)?;
+    Ok(Routes::from(routes.into_axum_router().fallback(no_such_service)))
+}
+
+async fn no_such_service() -> http::Response<axum::body::Body> {
+    let text = "no such service here; reflection lists those that there are (grpcurl ADDRESS list)";
+    tonic::Status::unimplemented(text).into_http()
 }
 
 async fn drain(gate: &Gate, health: &Health, stop_all: &StopHandle, within: Duration) {

@@ -355,6 +355,23 @@ async fn compression_is_not_spoken() {
 }
 
 #[tokio::test]
+async fn who_asks_for_an_unknown_service_is_told_where_to_look() {
+    let bench = default_bench(|_| say(""));
+    let mut channel = bench.channel().await;
+    let request = http::Request::builder()
+        .method("POST")
+        .uri("http://unix/collector.CollectorRegistry/ListServices")
+        .header("content-type", "application/grpc")
+        .body(Body::new(http_body_util::Full::new(Bytes::from_static(&[0; 5]))))
+        .unwrap();
+    let response = channel.ready().await.unwrap().call(request).await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], (Code::Unimplemented as i32).to_string());
+    let message = response.headers()["grpc-message"].to_str().unwrap();
+    assert!(message.contains("reflection"), "{message}");
+    bench.finish().await;
+}
+
+#[tokio::test]
 async fn what_is_not_built_yet_says_so_in_an_orderly_reply() {
     let bench = default_bench(|_| say(""));
     let mut client = bench.client().await;
