@@ -23,9 +23,7 @@ use crate::{
     },
     call::{Call, FormError, Source},
     execute::{ExecuteError, Executors, Invocation, Outcome, OutputSink, stop::StopSignal},
-    instances::{
-        self, Answered, Ask, EVICTED_MAX, Instances, Key, Recipe, Served, Shape, Unanswered,
-    },
+    instances::{self, Answered, Ask, Instances, Key, Recipe, Served, Shape, Unanswered},
     jail::{message::Refusal, plan::Mode},
     names::{Digest, RunId},
     policy::{Policy, PolicySet, Protocol, store::PolicyStore},
@@ -257,8 +255,9 @@ impl Dispatcher {
 
         match policy.protocol {
             Protocol::Exec => {
+                let (call, context) = (&*call, &*context);
                 let invocation =
-                    invocation(call, policies.digest, policy, terms, artifact, context);
+                    || invocation(call, policies.digest, policy, terms, artifact.clone(), context);
                 self.run(invocation, terms, permit, context, facts).await
             }
             Protocol::Grpc => {
@@ -268,10 +267,10 @@ impl Dispatcher {
         }
     }
 
-    /// Runs a program for this one call.
+    /// Runs a program for this one call. The invocation is made anew for each try.
     async fn run(
         &self,
-        invocation: Invocation,
+        invocation: impl Fn() -> Invocation + Send,
         terms: Terms,
         permit: Permit,
         context: &Context,
@@ -280,16 +279,9 @@ impl Dispatcher {
         let executor = self.executors.of(terms.mode);
         let mut evicted = 0;
         let executed = loop {
-            let (call, stop, sink) =
-                (invocation.clone(), context.stop.clone(), context.sink.clone());
-            match executor.execute(call, stop, sink).await {
-                Err(error)
-                    if error.is_for_want_of_room()
-                        && evicted < EVICTED_MAX
-                        && self.instances.make_room().await =>
-                {
-                    evicted += 1;
-                }
+            let (stop, sink) = (context.stop.clone(), context.sink.clone());
+            match executor.execute(invocation(), stop, sink).await {
+                Err(error) if self.instances.make_room_for(&error, &mut evicted).await => {}
                 executed => break executed,
             }
         };

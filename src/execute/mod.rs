@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Everything an executor needs; decided, nothing left to look up.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Invocation {
     /// The run's id.
     pub run: RunId,

@@ -77,14 +77,22 @@ pub(super) enum Exchange {
     GaveUp,
     /// The process ended under it.
     Ended(Arc<Ended>),
-    /// Nothing of it reached the service.
-    Unreached(String),
 }
+
+/// Nothing of a call reached the service.
+#[derive(Debug)]
+pub(super) struct Unreached(pub(super) String);
 
 /// Why a call has no answer yet that is known to be one.
 enum NoAnswer {
-    Unreached(String),
+    Unreached(Unreached),
     Unanswered(Unanswered),
+}
+
+impl From<Unreached> for NoAnswer {
+    fn from(why: Unreached) -> Self {
+        Self::Unreached(why)
+    }
 }
 
 impl From<Unanswered> for NoAnswer {
@@ -122,12 +130,15 @@ impl Instance {
     }
 
     /// Makes a call, to its end or to the moment that it must be over.
+    ///
+    /// # Errors
+    /// [`Unreached`]: it can be given to another instance.
     pub(super) async fn exchange(
         &self,
         call: &Unary,
         end_by: Option<Instant>,
         stop: &mut StopSignal,
-    ) -> Exchange {
+    ) -> Result<Exchange, Unreached> {
         let called = tokio::select! {
             biased;
             called = self.call(call) => called,
@@ -137,17 +148,17 @@ impl Instance {
         // It was told how long the call may take, and its clock may be the faster one.
         let apart = CLOCKS_APART.min(call.timeout.unwrap_or_default() / 10);
         let over = end_by.is_some_and(|end| end <= Instant::now() + apart);
-        match called {
+        Ok(match called {
             Ok(Answered { status, .. }) if over && GIVEN_UP.contains(&status.code) => {
                 Exchange::GaveUp
             }
             Ok(answered) => Exchange::Answered(answered),
-            Err(NoAnswer::Unreached(why)) => Exchange::Unreached(why),
+            Err(NoAnswer::Unreached(why)) => return Err(why),
             Err(NoAnswer::Unanswered(
                 why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_)),
             )) => self.perhaps_ended(why).await,
             Err(NoAnswer::Unanswered(why)) => Exchange::Unanswered(why),
-        }
+        })
     }
 
     /// What became of a call whose answer is missing or none: the process's end says more.
@@ -174,7 +185,7 @@ impl Instance {
     async fn call(&self, call: &Unary) -> Result<Answered, NoAnswer> {
         let mut retried = false;
         loop {
-            let connection = self.connection().await.map_err(NoAnswer::Unreached)?;
+            let connection = self.connection().await?;
             let (service, method) = (&call.service, &call.method);
             let method = self.methods.find(&connection, service, method, call.timeout).await;
             if method.as_ref().is_some_and(|method| method.streaming) {
@@ -191,7 +202,7 @@ impl Instance {
                     self.forget(&connection).await;
                 }
                 Err(CallFailure::Lost { sent: false, why }) => {
-                    return Err(NoAnswer::Unreached(why));
+                    return Err(Unreached(why).into());
                 }
                 Err(CallFailure::Lost { why, .. }) => {
                     return Err(Unanswered::ConnectionLost(why).into());
@@ -209,7 +220,7 @@ impl Instance {
 
     /// The connection, made anew where it was closed. Where none can be made the instance is
     /// lost, for those too that wait here.
-    async fn connection(&self) -> Result<Connection, String> {
+    async fn connection(&self) -> Result<Connection, Unreached> {
         let mut kept = self.connection.lock().await;
         if let Some(connection) = kept.as_ref().filter(|connection| !connection.is_closed()) {
             return Ok(connection.clone());
@@ -217,11 +228,14 @@ impl Instance {
         *kept = None;
         let silent = || "no connection with the service: it doesn't answer".to_owned();
         if self.is_lost() {
-            return Err(silent());
+            return Err(Unreached(silent()));
         }
         let made = timeout(RECONNECT_WAIT, self.connect()).await;
         let made = made.unwrap_or_else(|_| Err(silent()));
-        let connection = made.inspect_err(|_| self.lost.store(true, Ordering::Relaxed))?;
+        let connection = made.map_err(|why| {
+            self.lost.store(true, Ordering::Relaxed);
+            Unreached(why)
+        })?;
         *kept = Some(connection.clone());
         Ok(connection)
     }

@@ -35,7 +35,12 @@ use std::{
 use bytes::Bytes;
 use tokio::{sync::Notify, time::Instant};
 
-use self::{group::Group, instance::Exchange, lease::Lease, members::NoLease};
+use self::{
+    group::Group,
+    instance::{Exchange, Unreached},
+    lease::Lease,
+    members::NoLease,
+};
 use crate::{
     admission::{Admission, AdmissionError},
     execute::{ExecuteError, Executors, Invocation, Outcome, Verdict, stop::StopSignal},
@@ -53,7 +58,7 @@ const INSTANCES_MAX: usize = 1024;
 /// Instances that one call gives up since nothing of it reached them.
 const UNREACHED_MAX: u32 = 1;
 /// Idle instances that one call puts out at the most, for want of other than memory.
-pub const EVICTED_MAX: u32 = 8;
+const EVICTED_MAX: u32 = 8;
 /// Bytes of an answer where the policy's limit is "unlimited" or higher.
 pub const ANSWER_MAX: u64 = 256 << 20;
 
@@ -296,9 +301,10 @@ impl Instances {
         self.shared.count()
     }
 
-    /// Ends an idle instance, so that something else can be had. Whether there was one.
-    pub async fn make_room(&self) -> bool {
-        review::evict(&self.shared).await
+    /// Puts an idle instance out where something else could not be started for want of room;
+    /// `evicted` counts them. Whether it is worth another try.
+    pub async fn make_room_for(&self, error: &ExecuteError, evicted: &mut u32) -> bool {
+        review::make_room_for(&self.shared, error, evicted).await
     }
 
     /// Serves one call: by an instance that is there, or by one that is started for it.
@@ -325,16 +331,17 @@ impl Instances {
             call.timeout = end_by.map(|end| end.saturating_duration_since(now));
             let started = SystemTime::now();
             let mark = lease.instance().service.logged();
-            let mut exchange = lease.instance().exchange(&call, end_by, &mut stop).await;
-            if let Exchange::Unreached(why) = exchange {
-                unreached += 1;
-                if unreached <= UNREACHED_MAX {
+            let exchange = match lease.instance().exchange(&call, end_by, &mut stop).await {
+                Ok(exchange) => exchange,
+                Err(_) if unreached < UNREACHED_MAX => {
+                    unreached += 1;
                     lease.lost();
                     continue;
                 }
-                let why = Unanswered::ConnectionLost(why);
-                exchange = lease.instance().perhaps_ended(why).await;
-            }
+                Err(Unreached(why)) => {
+                    lease.instance().perhaps_ended(Unanswered::ConnectionLost(why)).await
+                }
+            };
             // Where our clock and the service's were apart.
             let timed_out =
                 matches!(exchange, Exchange::GaveUp | Exchange::Unanswered(Unanswered::TimedOut));
@@ -429,10 +436,6 @@ async fn told(
                 _ => lease.done(),
             }
             Err(why)
-        }
-        Exchange::Unreached(why) => {
-            lease.lost();
-            Err(Unanswered::ConnectionLost(why))
         }
         Exchange::Ended(ended) => {
             lease.done();

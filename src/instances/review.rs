@@ -4,8 +4,12 @@ use std::{cmp::Reverse, collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::{Shared, group::Group, instance::Instance};
-use crate::{execute::service::Service, names::Namespace, policy::PolicySet};
+use super::{EVICTED_MAX, Shared, group::Group, instance::Instance};
+use crate::{
+    execute::{ExecuteError, service::Service},
+    names::Namespace,
+    policy::PolicySet,
+};
 
 /// How long an instance is idle before it may use no more processor time.
 pub(super) const FREEZE_AFTER: Duration = Duration::from_secs(2);
@@ -98,6 +102,20 @@ pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
         .min_by_key(|(order, _)| *order);
     let Some(instance) = longest.and_then(|(_, group)| group.evict()) else { return false };
     timeout(GONE_WAIT, instance.service.ended()).await.is_ok()
+}
+
+/// Puts an idle instance out where something could not be started for want of room;
+/// `evicted` counts them, up to [`EVICTED_MAX`]. Whether it is worth another try.
+pub(super) async fn make_room_for(
+    shared: &Arc<Shared>,
+    error: &ExecuteError,
+    evicted: &mut u32,
+) -> bool {
+    if !error.is_for_want_of_room() || *evicted >= EVICTED_MAX {
+        return false;
+    }
+    *evicted += 1;
+    evict(shared).await
 }
 
 /// Looks whether an instance without calls goes on with those that were given up.

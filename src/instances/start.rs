@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::{
-    EVICTED_MAX, INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
+    INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
     group::Group,
     instance::{Instance, NoConnection, open},
     members::{NoLease, Starting},
@@ -58,7 +58,16 @@ pub(super) fn begin(
 ) {
     let (shared, group) = (Arc::clone(shared), Arc::clone(group));
     tokio::spawn(async move {
-        match start_with_room(&shared, &group, &recipe, why, &starting).await {
+        let mut evicted = 0;
+        let started = loop {
+            match start(&shared, &group, &recipe, why, &starting).await {
+                Err(NoLease::NotServed(NotServed::Execute(error)))
+                    if why == Start::Called
+                        && review::make_room_for(&shared, &error, &mut evicted).await => {}
+                started => break started,
+            }
+        };
+        match started {
             Ok(instance) => {
                 let instance = Arc::new(instance);
                 follow(&shared, &group, &instance);
@@ -93,30 +102,6 @@ fn follow(shared: &Arc<Shared>, group: &Arc<Group>, instance: &Arc<Instance>) {
         group.ended(&instance, || failed(&instance.service, &ended, Unanswered::Ended));
         review.notify_one();
     });
-}
-
-/// Starts one; idle ones make room where the host has too little of something.
-async fn start_with_room(
-    shared: &Arc<Shared>,
-    group: &Arc<Group>,
-    recipe: &Recipe,
-    why: Start,
-    starting: &Starting,
-) -> Result<Instance, NoLease> {
-    let mut evicted = 0;
-    loop {
-        match start(shared, group, recipe, why, starting).await {
-            Err(NoLease::NotServed(NotServed::Execute(error)))
-                if error.is_for_want_of_room()
-                    && why == Start::Called
-                    && evicted < EVICTED_MAX
-                    && review::evict(shared).await =>
-            {
-                evicted += 1;
-            }
-            result => return result,
-        }
-    }
 }
 
 async fn start(

@@ -325,10 +325,7 @@ async fn half_a_message_does_not_wait_for_ever() {
     let (sender, receiver) = mpsc::channel::<Result<http_body::Frame<Bytes>, Status>>(1);
     let half = http_body::Frame::data(Bytes::from_static(&[0, 0, 0, 1, 0, b'x']));
     sender.send(Ok(half)).await.unwrap();
-    let request = http::Request::builder()
-        .method("POST")
-        .uri("http://unix/collector.CollectiveDispatcher/Serve")
-        .header("content-type", "application/grpc")
+    let request = post("collector.CollectiveDispatcher/Serve")
         .body(Body::new(StreamBody::new(ReceiverStream::new(receiver))))
         .unwrap();
     let begun = Instant::now();
@@ -338,14 +335,19 @@ async fn half_a_message_does_not_wait_for_ever() {
     drop(sender);
 }
 
+/// A call of this method, to be given a body.
+fn post(method: &str) -> http::request::Builder {
+    http::Request::builder()
+        .method("POST")
+        .uri(format!("http://unix/{method}"))
+        .header("content-type", "application/grpc")
+}
+
 #[tokio::test]
 async fn compression_is_not_spoken() {
     let bench = default_bench(|_| say(""));
     let mut channel = bench.channel().await;
-    let request = http::Request::builder()
-        .method("POST")
-        .uri("http://unix/collector.CollectiveDispatcher/Serve")
-        .header("content-type", "application/grpc")
+    let request = post("collector.CollectiveDispatcher/Serve")
         .header("grpc-encoding", "gzip")
         .body(Body::new(http_body_util::Full::new(Bytes::from_static(&[1, 0, 0, 0, 1, 0]))))
         .unwrap();
@@ -358,10 +360,7 @@ async fn compression_is_not_spoken() {
 async fn who_asks_for_an_unknown_service_is_told_where_to_look() {
     let bench = default_bench(|_| say(""));
     let mut channel = bench.channel().await;
-    let request = http::Request::builder()
-        .method("POST")
-        .uri("http://unix/collector.CollectorRegistry/ListServices")
-        .header("content-type", "application/grpc")
+    let request = post("collector.CollectorRegistry/ListServices")
         .body(Body::new(http_body_util::Full::new(Bytes::from_static(&[0; 5]))))
         .unwrap();
     let response = channel.ready().await.unwrap().call(request).await.unwrap();
