@@ -47,17 +47,21 @@ fn leave(what: &str, key: u32) -> Call {
 #[test]
 fn nothing_that_runs_leave_is_found_by_others() {
     let key = std::process::id();
-    let looked = || programs::outside("leave", &["look", &key.to_string()]).facts();
     let text = key.to_string();
     let _cleaned = Cleaned(text.clone());
-    let held = programs::background(&programs::path("leave"), &["hold", &text]);
-    wait_until("all is found outside", Duration::from_secs(10), || {
-        let facts = looked();
-        let [shm, file] = ["shm", "file"].map(|key| facts.one(key) == "ok");
-        let abstract_ = ["ok", "EAGAIN"].contains(&facts.one("abstract"));
-        let locked = ["lock.null", "lock.root"].map(|key| facts.one(key) == "EAGAIN");
-        shm && file && abstract_ && locked == [true; 2]
-    });
+    // All is told before anybody looks: who looks takes the locks for a moment as well.
+    let program = programs::path("leave");
+    let (held, told) = programs::background_telling(&program, &["hold", &text], "itself");
+    for made in ["shm", "file", "lock.null", "lock.root", "abstract", "itself"] {
+        assert_eq!(told.one(made), "ok", "{made} outside");
+    }
+    let found = programs::outside("leave", &["look", &text]).facts();
+    for what in ["shm", "file", "abstract"] {
+        assert_eq!(found.one(what), "ok", "{what} is found outside");
+    }
+    for lock in ["lock.null", "lock.root"] {
+        assert_eq!(found.one(lock), "EAGAIN", "{lock} is found outside");
+    }
     drop(held);
 
     let dispatcher = Dispatcher::start([("jail", plain(TABLES))]);
@@ -97,7 +101,8 @@ fn instances_of_inotify_are_each_runs_own() {
     let outside = || count(programs::outside("leave", &["watch", "0"]).facts());
     let most = outside();
     // Told before anybody else counts: two that count at once each get a part.
-    let (held, told) = programs::background_telling(&programs::path("leave"), &["watch", "60000"]);
+    let program = programs::path("leave");
+    let (held, told) = programs::background_telling(&program, &["watch", "60000"], "instances");
     assert_eq!(count(told), most);
     wait_until("one takes all outside", Duration::from_secs(10), || outside() == "0 EMFILE");
     drop(held);

@@ -86,12 +86,20 @@ pub fn background(path: &Path, args: &[&str]) -> Background {
     spawn(path, args, Stdio::null())
 }
 
-/// [`background`], and the first fact that the program tells; waits for it.
-pub fn background_telling(path: &Path, args: &[&str]) -> (Background, Facts) {
+/// [`background`], and what the program tells up to the fact of that key; waits for it.
+#[track_caller]
+pub fn background_telling(path: &Path, args: &[&str], last: &str) -> (Background, Facts) {
     let mut background = spawn(path, args, Stdio::piped());
-    let mut line = String::new();
-    BufReader::new(background.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    (background, Facts::parse(&line))
+    let mut told = String::new();
+    for line in BufReader::new(background.0.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        told.push_str(&line);
+        told.push('\n');
+        if line.split_once('=').is_some_and(|(key, _)| key == last) {
+            return (background, Facts::parse(&told));
+        }
+    }
+    panic!("it ended before it told {last}: {told}");
 }
 
 fn spawn(path: &Path, args: &[&str], stdout: Stdio) -> Background {
