@@ -86,11 +86,18 @@ impl Docker {
         self.labelled(&[&format!("dispatcher.owner={boot}/{namespace}/{pid}/{started}")])
     }
 
-    /// All about a container.
+    /// All about a container; null where there is none any more, as of other tests' that
+    /// were just listed.
     #[track_caller]
     pub fn inspect(&self, container: &str) -> Value {
-        let text = self.ask(&["inspect", "--type", "container", container]);
-        serde_json::from_str::<Value>(&text).unwrap()[0].take()
+        let args = ["inspect", "--type", "container", container];
+        let output = self.command(&args).output().expect("docker, the client, is installed");
+        let error = String::from_utf8_lossy(&output.stderr);
+        if error.contains("No such container") {
+            return Value::Null;
+        }
+        assert!(output.status.success(), "docker {args:?}: {error}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()[0].take()
     }
 
     /// Makes an image of files, `(path, content)`, and of changes as in a Dockerfile.
