@@ -17,6 +17,7 @@ use dispatcher::{
     wire::{ExecutionMode, Verdict, status::Code},
 };
 use prost::Message;
+use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus};
 use wire::{Nothing, State};
 
 /// The messages of tests/programs/service.proto and of examples/greeter.
@@ -70,6 +71,7 @@ mod services {
     mod ends;
     mod foreign;
     mod instances;
+    mod loads;
     mod outside;
 }
 
@@ -124,6 +126,13 @@ fn answer<T: Message + Default>(reply: &Reply, name: &str) -> T {
     let output = reply.output.as_ref().expect("an answer");
     assert_eq!(output.type_url, format!("type.googleapis.com/{name}"));
     T::decode(&output.value[..]).unwrap()
+}
+
+/// A health service's answer that all is well.
+#[track_caller]
+fn assert_serving(reply: &Reply) {
+    let health: HealthCheckResponse = answer(reply, "grpc.health.v1.HealthCheckResponse");
+    assert_eq!(health.status(), ServingStatus::Serving);
 }
 
 /// The process that has this name. The names of instances' own children are others.

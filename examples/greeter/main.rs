@@ -46,8 +46,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<GreeterServer<Greetings>>().await;
     // Reflection tells the dispatcher the type of an answer; without it, answers are plain bytes.
-    let reflection =
-        || Reflection::configure().register_encoded_file_descriptor_set(hello::DESCRIPTORS);
+    let reflection = || {
+        Reflection::configure()
+            .register_encoded_file_descriptor_set(hello::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
     Server::builder()
         .add_service(GreeterServer::new(Greetings))
         .add_service(health_service)

@@ -43,6 +43,26 @@ impl Process {
         })
     }
 
+    /// The processor time of all its threads in clock ticks, a hundred a second; 0 when it is
+    /// gone.
+    pub fn ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+    }
+
+    /// Whether its cgroup of v2 is stopped, `cgroup.events`.
+    pub fn is_frozen(&self) -> bool {
+        let within = fs::read_to_string(format!("/proc/{}/cgroup", self.pid)).unwrap_or_default();
+        let Some(path) = within.lines().find_map(|line| line.strip_prefix("0::/")) else {
+            return false;
+        };
+        mounts_of_type("cgroup2").iter().any(|mount| {
+            let events = fs::read_to_string(mount.join(path).join("cgroup.events"));
+            events.is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+        })
+    }
+
     /// Whether this very process still runs; an orphan that ended is reaped.
     pub fn alive(&self) -> bool {
         self.reap_orphan().is_some_and(|now| !now.zombie)
@@ -168,6 +188,11 @@ pub fn cgroups_named(names: &BTreeSet<String>) -> Vec<PathBuf> {
         path.iter().any(|part| names.iter().any(|name| OsStr::new(name.as_str()) == part))
     };
     cgroup_directories().into_iter().filter(is_ours).collect()
+}
+
+/// Whether there is cgroup v2, alone or beside v1.
+pub fn has_cgroup_v2() -> bool {
+    !mounts_of_type("cgroup2").is_empty()
 }
 
 fn mounts_of_type(wanted: &str) -> Vec<PathBuf> {

@@ -58,6 +58,8 @@ struct Options {
     name: Option<String>,
     /// Takes this many connections, and then closes the socket it listens at.
     connections: usize,
+    /// Whether a thread of it is always busy.
+    busy: bool,
 }
 
 impl Options {
@@ -71,6 +73,7 @@ impl Options {
             age: None,
             name: None,
             connections: usize::MAX,
+            busy: false,
         };
         let milliseconds = |text: &str| Duration::from_millis(text.parse().unwrap());
         for word in words.split_whitespace() {
@@ -83,6 +86,7 @@ impl Options {
                 "threads" => options.threads = value.parse().unwrap(),
                 "age" => options.age = Some(milliseconds(value)),
                 "name" => options.name = Some(value.into()),
+                "busy" => options.busy = value.parse().unwrap(),
                 "connections" => options.connections = value.parse().unwrap(),
                 _ => panic!("no such word: {word}"),
             }
@@ -121,6 +125,13 @@ fn main() {
     let options = Options::read(&env::var("PROBE").unwrap_or_default());
     if let Some(name) = &options.name {
         rename(name).unwrap();
+    }
+    if options.busy {
+        thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
     }
     if let Some(status) = options.exit {
         eprintln!("told to exit with {status}");

@@ -9,9 +9,10 @@ use dispatcher::{
     wire::{Verdict, status::Code},
 };
 use prost::Message as _;
+use tonic_health::pb::HealthCheckRequest;
 
 use crate::{
-    Mode, again, answer, call,
+    Mode, again, answer, assert_serving, call,
     common::{Call, Dispatcher, Settings, client::to_duration, programs, scaled_ms},
     look, policy, start, started, state,
     wire::{Entries, Entry, Failure, HelloReply, HelloRequest, Nothing, Number, Payload},
@@ -20,6 +21,7 @@ use crate::{
 in_every_mode! {
     the_second_call_finds_it_warm,
     the_example_greets,
+    the_health_of_a_service_is_asked_of_it,
     answers_have_the_type_that_reflection_says,
     it_may_listen_where_it_likes_and_when,
     its_status_becomes_the_calls,
@@ -79,6 +81,22 @@ fn the_example_greets(at: &Mode) {
     let reply = reply.expect(Code::InvalidArgument, Verdict::Completed, "service_status");
     assert!(reply.message.contains("name is empty"), "{}", reply.message);
     assert!(reply.report.warm);
+    dispatcher.stop();
+}
+
+fn the_health_of_a_service_is_asked_of_it(at: &Mode) {
+    let dispatcher = start(at, "");
+    let call = Call::new("ns", "greeter").method("grpc.health.v1.Health", "Check");
+    let ask = |service: &str| {
+        let request = HealthCheckRequest { service: service.into() }.encode_to_vec();
+        dispatcher.call(
+            call.clone().any("type.googleapis.com/grpc.health.v1.HealthCheckRequest", request),
+        )
+    };
+    for service in ["", "helloworld.Greeter"] {
+        assert_serving(&ask(service));
+    }
+    ask("no.such.Service").expect(Code::NotFound, Verdict::Completed, "service_status");
     dispatcher.stop();
 }
 
@@ -280,8 +298,11 @@ fn streaming_methods_are_refused(at: &Mode) {
         assert!(reply.output.is_none(), "{method}: {}", reply.summary());
     }
     assert_eq!(look(&dispatcher, "ns").calls, 1, "it was not even called");
+    let reflection = again("ns", "", &Nothing {})
+        .method("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo");
+    dispatcher.call(reflection).refused(Code::Unimplemented, "streaming");
     // One that reflection doesn't know, and that goes on after its first message.
-    let watch = Call::new("ns", "greeter").method("grpc.health.v1.Health", "Watch");
+    let watch = again("ns", "", &Nothing {}).method("grpc.health.v1.Health", "Watch");
     let reply = dispatcher.call(watch).expect(Code::Unimplemented, Verdict::Completed, "streaming");
     assert!(reply.elapsed < Duration::from_millis(scaled_ms(10_000)), "{:?}", reply.elapsed);
     dispatcher.stop();

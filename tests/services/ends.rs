@@ -247,20 +247,13 @@ fn who_went_away_from_one_that_does_not_heed_it(at: &Mode) {
     let first = look(&dispatcher, "ns");
     let process = only(&name);
     let spin = dispatcher.begin(again("ns", "Spin", &Number { value: 60_000 }));
-    let before = cpu(&process);
-    wait_until("it spins", Duration::from_secs(10), || cpu(&process) > before + 5);
+    let before = process.ticks();
+    wait_until("it spins", Duration::from_secs(10), || process.ticks() > before + 5);
     spin.cancel();
     wait_until("it is ended", Duration::from_secs(20), || !process.alive());
     starts_anew(&dispatcher, &first.token);
     dispatcher.stop();
     gone(&name);
-}
-
-/// In clock ticks.
-fn cpu(process: &crate::host::Process) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
-    let fields = stat.rsplit(')').next().unwrap().split_whitespace().collect::<Vec<_>>();
-    fields.get(11).map_or(0, |ticks| ticks.parse().unwrap())
 }
 
 fn floods_on_its_outputs_harm_nobody(at: &Mode) {

@@ -13,7 +13,7 @@ use prost::Message as _;
 use tonic::transport::Channel;
 
 use crate::{
-    JAIL, Mode, answer,
+    JAIL, Mode, answer, assert_serving,
     common::{
         Call, Dispatcher,
         client::{connect, runtime},
@@ -145,6 +145,9 @@ fn greets(dispatcher: &Dispatcher, binary: impl Into<Bytes>, language: &str) {
     let reply = reply.expect(Code::InvalidArgument, Verdict::Completed, "service_status");
     assert!(reply.message.contains("name is empty"), "{}", reply.message);
     assert_eq!(reply.detail("trailer.x-note"), format!("from {language}"));
+
+    let health = call.clone().method("grpc.health.v1.Health", "Check");
+    assert_serving(&dispatcher.call(health));
 
     // Many at once, from one process.
     let calls: Vec<_> = (0..16)
