@@ -534,7 +534,7 @@ impl Dispatcher {
 }
 
 /// A call under way.
-pub struct Running(tokio::task::JoinHandle<Result<Reply, tonic::Status>>);
+pub struct Running(pub(super) tokio::task::JoinHandle<Result<Reply, tonic::Status>>);
 
 impl Running {
     /// Waits for its reply or gRPC error.

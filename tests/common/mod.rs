@@ -16,6 +16,7 @@
 #![allow(dead_code, unused_macros, unused_imports, missing_docs)]
 
 pub mod client;
+pub mod crowd;
 pub mod dispatcher;
 pub mod docker;
 pub mod facts;

@@ -1,5 +1,6 @@
 /* One attack each, as a hostile tenant would try it: `attack NAME [ARG...]`.
- * Says `NAME=works` where it got what it was after, else `NAME=refused WHY`. */
+ * Says `NAME=works` where it got what it was after, else `NAME=refused WHY`.
+ * `attack marked NAME [ARG...]` tells by what its jail is known first. */
 #include "probe.h"
 #include <dirent.h>
 #include <linux/fs.h>
@@ -390,12 +391,19 @@ int main(int argc, char **argv)
 {
 	if (argc < 2)
 		misuse("attack NAME [ARG...]");
+	if (argc > 2 && strcmp(argv[1], "marked") == 0) {
+		marks();
+		argc--;
+		argv++;
+	}
 	attack = argv[1];
 	const char *text = argc > 2 ? argv[2] : NULL, *more = argc > 3 ? argv[3] : NULL;
 	const int pid = text ? atoi(text) : 0;
 #define IS(name) (strcmp(attack, name) == 0)
 	if (IS("ran"))
 		_exit(200);
+	if (IS("nothing"))
+		refused("nothing");
 	if (IS("exe-overwrite"))
 		exe_overwrite(pid);
 	if (IS("leaked-directory"))

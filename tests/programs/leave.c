@@ -1,7 +1,8 @@
 /* Leaves things behind, and looks for them: `leave all KEY`, `leave look KEY`.
- * `hold` does as `all` and stays; `watch` takes all of its user's inotify instances and
- * says how many, and stays for KEY ms; `clean` takes away what outlives the process
- * where there is no jail. KEY is a number, so that tests don't meet. */
+ * `hold` does as `all` and stays; `marks` does nothing and stays for KEY ms; `watch` takes
+ * all of its user's inotify instances, says how many, and stays for KEY ms; `clean` takes
+ * away what outlives the process where there is no jail. All but `clean` tell first by
+ * what their jail is known. KEY is a number, so that tests don't meet. */
 #include "probe.h"
 #include <stddef.h>
 #include <sys/file.h>
@@ -76,16 +77,27 @@ static void watch(void)
 	fact("instances", "%d %s", count, error_name());
 }
 
+static void stay(unsigned ms)
+{
+	fact("from", "%llu", (unsigned long long)monotonic_ms());
+	sleep_ms(ms);
+	fact("until", "%llu", (unsigned long long)monotonic_ms());
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 3)
-		misuse("leave all|hold|look|watch|clean KEY");
+		misuse("leave all|hold|look|marks|watch|clean KEY");
 	key_t key = atoi(argv[2]);
 	snprintf(path, sizeof path, "/tmp/leave-%d", key);
 	int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "leave-%d", key);
 	name_length = offsetof(struct sockaddr_un, sun_path) + 1 + length;
+	if (strcmp(argv[1], "clean"))
+		marks();
 	if (!strcmp(argv[1], "look"))
 		look(key);
+	else if (!strcmp(argv[1], "marks"))
+		stay(key);
 	else if (!strcmp(argv[1], "watch")) {
 		watch();
 		usleep(key * 1000);
