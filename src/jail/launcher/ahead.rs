@@ -12,6 +12,8 @@
 //! while a call runs slows that call, where processors are few; so they are built in
 //! quiet moments, one at a time, and without waiting for one only when few are left: then
 //! until all are there again. Where calls come several at a time they are built at once.
+//! All templates together have a bound; at it, one that has fewer than another by two gets
+//! of the other's, so that who was busy a while ago keeps nobody from having any.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -131,10 +133,8 @@ impl Ahead {
     /// When [`Launcher::build_ahead`] has something to do, with at most `most` jails
     /// and nothing to disturb from `quiet` on.
     pub(super) fn due(&self, most: usize, now: Instant, quiet: Instant) -> Option<Instant> {
-        if self.count() >= most {
-            return self.review_at;
-        }
-        let wanting = self.demands.values().filter(|demand| demand.lacks_any());
+        let can_have = |demand: &&Demand| demand.lacks_any() && self.has_room_for(demand, most);
+        let wanting = self.demands.values().filter(can_have);
         let due = |demand: &Demand| {
             let begin = if demand.filling { now } else { quiet };
             demand.retry_at.map_or(begin, |retry| retry.max(begin))
@@ -144,6 +144,19 @@ impl Ahead {
 
     fn count(&self) -> usize {
         self.demands.values().map(|demand| demand.jails.len()).sum()
+    }
+
+    /// Whether one more may wait for its calls, if need be in another's place.
+    fn has_room_for(&self, demand: &Demand, most: usize) -> bool {
+        let fullest = || self.demands.values().map(|other| other.jails.len()).max().unwrap_or(0);
+        // With less between them, they would take turns for ever.
+        self.count() < most || most > 0 && fullest() >= demand.jails.len() + 2
+    }
+
+    /// The oldest jail of the template that has the most.
+    fn give_way(&mut self) -> Option<u64> {
+        let fullest = self.demands.values_mut().max_by_key(|demand| demand.jails.len())?;
+        fullest.jails.pop_front().map(|jail| jail.serial)
     }
 
     /// A call of this template runs, or doesn't any more.
@@ -264,11 +277,9 @@ impl Launcher {
             self.review_ahead(now);
         }
         let most = self.most_ahead();
-        if self.ahead.count() >= most {
-            return false;
-        }
         let wants = |demand: &Demand| {
             demand.lacks_any()
+                && self.ahead.has_room_for(demand, most)
                 && (is_quiet || demand.filling)
                 && demand.retry_at.is_none_or(|at| at <= now)
         };
@@ -282,8 +293,14 @@ impl Launcher {
             return false;
         };
         let (key, prepared) = (key.clone(), Rc::clone(&demand.prepared));
-        let lacking = (demand.wanted() - demand.jails.len()).min(most - self.ahead.count());
-        let count = if self.is_crowded(now) { lacking.min(BATCH) } else { 1 };
+        let lacking = demand.wanted() - demand.jails.len();
+        if self.ahead.count() >= most
+            && let Some(serial) = self.ahead.give_way()
+        {
+            self.retire(serial);
+        }
+        let lacking = lacking.min(most.saturating_sub(self.ahead.count()));
+        let count = lacking.min(if self.is_crowded(now) { BATCH } else { 1 });
         // Before they are built: what changes meanwhile is a change.
         let shown = self.ahead.shown(&prepared.template);
         for built in self.build_for_later(&prepared, key.1, count) {
