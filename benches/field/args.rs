@@ -59,7 +59,7 @@ pub struct Args {
     pub large_rounds: usize,
     /// Very few rounds of everything: whether it works, not how fast
     #[arg(long)]
-    quick: bool,
+    pub quick: bool,
     /// Write all figures there
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -78,8 +78,11 @@ impl Args {
     /// As given on the command line, with `--quick` worked in, and paths that hold anywhere.
     pub fn read() -> Self {
         let mut args = Self::parse();
-        // What is started has a directory of its own.
-        for path in [&mut args.dispatcher].into_iter().chain(&mut args.programs) {
+        // What is started has a directory of its own; and we ourselves are at the root of all after
+        // a change of mounts (`rivals::hybrid`).
+        let written = [&mut args.json, &mut args.svg].into_iter().flatten();
+        let read = [&mut args.dispatcher, &mut args.policy].into_iter().chain(&mut args.programs);
+        for path in read.chain(written) {
             *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
         }
         if args.quick {

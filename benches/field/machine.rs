@@ -1,10 +1,21 @@
 //! What was measured on, and when.
 
-use std::{fs, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
 use crate::Outcome;
+
+/// A load average up to which nothing else is taken to run.
+const QUIET_LOAD: f64 = 0.5;
+/// How long it may take to come down to that.
+const QUIET_WAIT: Duration = Duration::from_secs(120);
 
 /// The machine and the moment.
 #[derive(Debug, Serialize)]
@@ -17,24 +28,27 @@ pub struct Machine {
     pub date: String,
     /// Of the dispatcher, by its own word.
     pub version: String,
+    /// Whether nothing else ran when this began.
+    pub quiet: bool,
     /// The load averages of 1, 5 and 15 minutes.
     pub load_before: String,
     pub load_after: String,
 }
 
 impl Machine {
-    /// Looks before anything is measured.
-    pub fn look(dispatcher: &Path) -> Outcome<Self> {
+    /// Looks before anything is measured; with `patient`, when nothing else runs any more.
+    pub fn look(dispatcher: &Path, patient: bool) -> Outcome<Self> {
+        let quiet = quiet(if patient { QUIET_WAIT } else { Duration::ZERO })?;
         let cpus = fs::read_to_string("/proc/cpuinfo")?;
-        let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         Ok(Self {
             cpu: field(&cpus, "model name").unwrap_or("unknown").to_owned(),
             cores: thread::available_parallelism()?.get(),
             memory_mib: memory_kib("MemTotal")? >> 10,
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-            cgroups: if unified { "v2" } else { "v1" },
+            cgroups: cgroups(&fs::read_to_string("/proc/self/mounts")?),
             date: said("date".as_ref(), &["-u", "+%Y-%m-%d %H:%M UTC"])?,
             version: said(dispatcher, &["version"])?,
+            quiet,
             load_before: load()?,
             load_after: String::new(),
         })
@@ -73,6 +87,43 @@ pub fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
         let (found, value) = line.split_once(':')?;
         (found.trim() == name).then(|| value.trim())
     })
+}
+
+/// Which cgroups there are, by the table of mounts.
+fn cgroups(mounts: &str) -> &'static str {
+    let is_there = |kind| mounts.lines().any(|line| line.split(' ').nth(2) == Some(kind));
+    match (is_there("cgroup"), is_there("cgroup2")) {
+        (true, true) => "v1 beside v2",
+        (true, false) => "v1",
+        (false, true) => "pure v2",
+        (false, false) => "none",
+    }
+}
+
+/// Whether nothing else runs, by the load average of a minute; that is waited for, up to `patience`.
+fn quiet(patience: Duration) -> Outcome<bool> {
+    let give_up = Instant::now() + patience;
+    let mut told = false;
+    loop {
+        let load = load()?;
+        let minute: f64 = load.split(' ').next().unwrap_or_default().parse()?;
+        if minute <= QUIET_LOAD {
+            return Ok(true);
+        }
+        if Instant::now() >= give_up {
+            eprintln!(
+                "field: WARNING: THIS MACHINE IS NOT QUIET, its load is {load}: \
+                 what is measured now says little"
+            );
+            return Ok(false);
+        }
+        if !told {
+            let seconds = patience.as_secs();
+            eprintln!("field: load {load}; waiting up to {seconds} s for {QUIET_LOAD}");
+            told = true;
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
 }
 
 fn load() -> Outcome<String> {

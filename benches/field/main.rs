@@ -53,7 +53,7 @@ fn ended(outcome: Outcome) -> ExitCode {
 }
 
 fn measure(args: &Args) -> Outcome {
-    let mut report = Report::new(Machine::look(&args.dispatcher)?);
+    let mut report = Report::new(Machine::look(&args.dispatcher, !args.quick)?);
     if args.wants(Section::Latency) || args.wants(Section::Throughput) {
         side_by_side(args, &mut report)?;
     }
