@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::Path,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -22,6 +23,38 @@ use crate::Outcome;
 
 /// What the program says.
 pub const WORDS: &str = "ok\n";
+
+/// What the default policy demands of every call, in a report's words; `host_uid` of root alone.
+const DEMANDED: [&str; 22] = [
+    "ns.user",
+    "ns.mount",
+    "ns.pid",
+    "ns.ipc",
+    "ns.uts",
+    "ns.net",
+    "ns.cgroup",
+    "host_uid",
+    "root.readonly",
+    "proc.restricted",
+    "caps.none",
+    "no_new_privs",
+    "seccomp",
+    "rlimits",
+    "cgroup.memory",
+    "cgroup.swap",
+    "cgroup.pids",
+    "cgroup.cpu",
+    "cgroup.kill",
+    "cpu_time",
+    "timeout",
+    "output",
+];
+
+/// What it takes as well where the kernel has it.
+const BEST_EFFORT: [&str; 2] = ["landlock", "memfd_noexec"];
+
+/// What was in force in the first call, and so must be in every other.
+static IN_FORCE: OnceLock<Vec<String>> = OnceLock::new();
 
 /// A client of one connection.
 pub type Client = CollectiveDispatcherClient<Channel>;
@@ -68,6 +101,7 @@ pub async fn serve(client: &mut Client, request: ServeRequest) -> Outcome<Sample
     let total = started.elapsed();
     check(&response)?;
     let report = response.report.ok_or("a reply without a report")?;
+    check_enforced(&report.enforced)?;
     Ok(Sample { total, phases: Some(Phases::of(&report, total)) })
 }
 
@@ -86,6 +120,60 @@ fn check(response: &ServeResponse) -> Outcome {
     Ok(())
 }
 
+/// A call that was slow for want of a layer and one that was quick for it are no figures of one thing.
+fn check_enforced(enforced: &[String]) -> Outcome {
+    let first = match IN_FORCE.get() {
+        Some(first) => first,
+        None => {
+            check_demanded(enforced)?;
+            IN_FORCE.get_or_init(|| enforced.to_vec())
+        }
+    };
+    // As it is nearly always, in the same order.
+    if enforced == first {
+        return Ok(());
+    }
+    let sorted = |words: &[String]| {
+        let mut words = words.to_vec();
+        words.sort_unstable();
+        words
+    };
+    let [now, first] = [enforced, first.as_slice()].map(sorted);
+    if now == first {
+        return Ok(());
+    }
+    Err(format!("{now:?} was in force in a call, and {first:?} in the first").into())
+}
+
+fn check_demanded(enforced: &[String]) -> Outcome {
+    let root = nix::unistd::geteuid().is_root();
+    let lacking: Vec<_> = DEMANDED
+        .into_iter()
+        .filter(|word| (root || *word != "host_uid") && !holds(enforced, word))
+        .collect();
+    if !lacking.is_empty() {
+        return Err(format!("the default policy demands {lacking:?}, not in force").into());
+    }
+    for word in BEST_EFFORT.into_iter().filter(|word| !holds(enforced, word)) {
+        eprintln!("field: WARNING: {word} is not in force here, and so in no figure");
+    }
+    Ok(())
+}
+
+/// Whether this control is among them, in whatever version: `landlock.v7`.
+fn holds(enforced: &[String], word: &str) -> bool {
+    enforced.iter().any(|one| {
+        one.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with(".v"))
+    })
+}
+
+/// What was in force in every jailed call so far, and what of the default policy was not.
+pub fn in_force() -> [Vec<String>; 2] {
+    let Some(enforced) = IN_FORCE.get() else { return Default::default() };
+    let lacking = BEST_EFFORT.into_iter().filter(|word| !holds(enforced, word));
+    [enforced.clone(), lacking.map(Into::into).collect()]
+}
+
 /// One measured run.
 pub struct Sample {
     /// As the caller saw it.
@@ -100,7 +188,7 @@ pub struct Phases {
     pub queue: Duration,
     /// Making the jail.
     pub setup: Duration,
-    /// The program's own time.
+    /// From the word to start until the program's end.
     pub wall: Duration,
     /// What is left: the wire, decoding, teardown that the reply waits for.
     pub rest: Duration,

@@ -70,6 +70,7 @@ fn measure(args: &Args) -> Outcome {
         alive::measure(args, &mut report)?;
     }
     report.machine.look_again()?;
+    [report.enforced, report.not_in_force] = client::in_force();
     print!("{}", report.table());
     if let Some(path) = &args.json {
         fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;

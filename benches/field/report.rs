@@ -20,6 +20,10 @@ use crate::{
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub machine: Machine,
+    /// What was in force in every jailed call by the default policy or one that extends it, and what
+    /// of the policy's `best_effort` was not.
+    pub enforced: Vec<String>,
+    pub not_in_force: Vec<String>,
     pub contestants: Vec<Row>,
     /// Who could not take part, and why.
     pub absent: BTreeMap<String, String>,
@@ -76,7 +80,20 @@ impl Report {
     pub fn new(machine: Machine) -> Self {
         let (contestants, absent, breakdown, goals) = Default::default();
         let (idle, large, alive, services) = Default::default();
-        Self { machine, contestants, absent, breakdown, idle, large, alive, services, goals }
+        let (enforced, not_in_force) = Default::default();
+        Self {
+            machine,
+            contestants,
+            absent,
+            breakdown,
+            goals,
+            idle,
+            large,
+            alive,
+            services,
+            enforced,
+            not_in_force,
+        }
     }
 
     /// Everybody who takes part, and who doesn't.
