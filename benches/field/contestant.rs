@@ -11,6 +11,7 @@ use crate::{
     Outcome,
     args::Args,
     client::{self, Sample, WORDS},
+    machine,
     rivals::{self, hybrid},
     server::Server,
 };
@@ -34,6 +35,10 @@ pub enum Pace {
 /// One way of running a program.
 pub struct Contestant {
     pub name: &'static str,
+    /// By its own word.
+    pub version: String,
+    /// What it has of our default policy as it is started here.
+    pub started: &'static str,
     /// What of our default policy it doesn't do.
     pub leaves_out: &'static str,
     pub pace: Pace,
@@ -68,13 +73,13 @@ impl Field {
     pub fn gather(args: &Args, server: &Server) -> Outcome<Self> {
         let files = tempfile::Builder::new().prefix("dispatcher-bench-").tempdir()?;
         let hidden = hybrid::hide()?;
-        let mut present = vec![bare(args), serving(args, server)?];
+        let mut present = vec![Contestant::bare(args), serving(args, server)?];
         let mut absent = vec![];
         for rival in rivals::ALL {
             if !args.invites(rival.name) {
                 continue;
             }
-            let contestant = (rival.enter)(args, files.path()).map(|how| rival.contestant(how));
+            let contestant = rival.contestant(args, files.path());
             match contestant.and_then(|one| one.trial().map(|()| one)) {
                 Ok(one) => present.push(one),
                 Err(why) => absent.push(Absent { name: rival.name, why: why.to_string() }),
@@ -85,22 +90,14 @@ impl Field {
     }
 }
 
-fn bare(args: &Args) -> Contestant {
-    let program = args.program("ok");
-    Contestant {
-        name: SPAWN,
-        leaves_out: "everything: no sandbox at all",
-        pace: Pace::Quick,
-        how: How::Spawn(Box::new(move || Ok(Command::new(&program)))),
-    }
-}
-
 fn serving(args: &Args, server: &Server) -> Outcome<Contestant> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let program = args.program("ok");
     let request = runtime.block_on(client::hand_over(&server.address, "default", &program))?;
     Ok(Contestant {
         name: DISPATCHER,
+        version: machine::said(&args.dispatcher, &["version"])?,
+        started: "by the default policy",
         leaves_out: "",
         pace: Pace::Quick,
         how: How::Serve { address: server.address.clone(), request: Box::new(request) },
@@ -108,6 +105,19 @@ fn serving(args: &Args, server: &Server) -> Outcome<Contestant> {
 }
 
 impl Contestant {
+    /// The program without a sandbox.
+    pub fn bare(args: &Args) -> Self {
+        let program = args.program("ok");
+        Self {
+            name: SPAWN,
+            version: String::new(),
+            started: "as it is",
+            leaves_out: "everything",
+            pace: Pace::Quick,
+            how: How::Spawn(Box::new(move || Ok(Command::new(&program)))),
+        }
+    }
+
     /// One run of a command, to see whether it works here.
     fn trial(&self) -> Outcome {
         match &self.how {

@@ -131,7 +131,8 @@ fn load() -> Outcome<String> {
     Ok(text.split(' ').take(3).collect::<Vec<_>>().join(" "))
 }
 
-fn said(program: &Path, arguments: &[&str]) -> Outcome<String> {
+/// The first line that a command says.
+pub fn said(program: &Path, arguments: &[&str]) -> Outcome<String> {
     let output = Command::new(program).args(arguments).output();
     let output = output.map_err(|error| format!("{}: {error}", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -39,6 +39,8 @@ pub struct Report {
 #[derive(Debug, Default, Serialize)]
 pub struct Row {
     pub name: String,
+    pub version: String,
+    pub started: String,
     pub leaves_out: String,
     pub latency: Option<Summary>,
     /// By number of callers.
@@ -99,7 +101,10 @@ impl Report {
     /// Everybody who takes part, and who doesn't.
     pub fn enter(&mut self, field: &Field) {
         for one in &field.present {
-            self.row(one.name).leaves_out = one.leaves_out.into();
+            let row = self.row(one.name);
+            row.started = one.started.into();
+            row.leaves_out = one.leaves_out.into();
+            row.version.clone_from(&one.version);
         }
         let absent = field.absent.iter().map(|one| (one.name.to_owned(), one.why.clone()));
         self.absent.extend(absent);

@@ -24,55 +24,87 @@ use crate::{
     Outcome,
     args::Args,
     contestant::{Contestant, How, Pace},
+    machine,
 };
 
 /// Another sandbox.
 pub struct Rival {
     pub name: &'static str,
+    /// A command that says its version.
+    version: &'static [&'static str],
+    /// What it has of our default policy as it is started here, and what it doesn't do.
+    started: &'static str,
     leaves_out: &'static str,
     pace: Pace,
     /// Makes its files in a directory, and says how it is run.
-    pub enter: fn(&Args, &Path) -> Outcome<How>,
+    enter: fn(&Args, &Path) -> Outcome<How>,
 }
 
 impl Rival {
-    /// With what its `enter` gave.
-    pub fn contestant(&self, how: How) -> Contestant {
-        let Self { name, leaves_out, pace, .. } = *self;
-        Contestant { name, leaves_out, pace, how }
+    /// It, ready to run, with its files in a directory.
+    pub fn contestant(&self, args: &Args, files: &Path) -> Outcome<Contestant> {
+        let Self { name, version, started, leaves_out, pace, enter } = *self;
+        let how = enter(args, files)?;
+        let version = machine::said(version[0].as_ref(), &version[1..])?;
+        Ok(Contestant { name, version, started, leaves_out, pace, how })
     }
 }
 
-/// All of them.
+/// All of them. What they have and leave out was looked up in /proc of a program that they run.
 pub const ALL: [Rival; 5] = [
     Rival {
         name: "bubblewrap",
-        leaves_out: "limits of memory, processor and processes; Landlock; why it ended; a service",
+        version: &["bwrap", "--version"],
+        started: "every namespace, our own filter, an empty read-only root, a /tmp of 64 MiB",
+        leaves_out: "a host user of its own (inside 65534, outside root), limits of any kind, \
+                     noexec for /tmp, a restricted /proc, Landlock, why it ended",
         pace: Pace::Slow,
         enter: bubblewrap,
     },
     Rival {
         name: "crun",
-        leaves_out: "Landlock; time limits; why it ended; a service",
+        version: &["crun", "--version"],
+        started: "every namespace, our own filter in OCI's words, an empty read-only root, \
+                  a /tmp of 64 MiB, cgroup limits, rlimits",
+        leaves_out: "host users of each run (all have the same), a wall clock, a restricted /proc, \
+                     Landlock, why it ended",
         pace: Pace::Slow,
         enter: crun::enter,
     },
     Rival {
         name: "firejail",
-        leaves_out: "an empty root; a user namespace (root can't have one); limits of all processes together; \
-                     Landlock; why it ended; a service. Starts a shell",
+        version: &["firejail", "--version"],
+        started: "its own filter (what is forbidden, not what is allowed), rlimits; \
+                  it starts a shell that starts the program",
+        leaves_out: "another user than the host's root (without capabilities), namespaces of users \
+                     and cgroups, an empty root, a size for /tmp, limits of all processes together, \
+                     a wall clock (with its --timeout every run takes two seconds), Landlock, \
+                     why it ended",
         pace: Pace::Slow,
         enter: firejail,
     },
     Rival {
         name: "hakoniwa",
-        leaves_out: "host users of its own; dropping capabilities; why it ended; a service",
+        version: &["hakoniwa", "--version"],
+        started: "every namespace, its own filter, Landlock, an empty read-only root, cgroup limits, \
+                  rlimits, a wall clock",
+        leaves_out: "a host user of its own (inside 65534, outside root), a size for /tmp, \
+                     a restricted /proc, why it ended",
         pace: Pace::Slow,
         enter: hakoniwa,
     },
     Rival {
         name: "docker",
-        leaves_out: "a user namespace; Landlock; time limits; why it ended beyond out of memory",
+        version: &[
+            "docker",
+            "version",
+            "--format",
+            "client {{.Client.Version}}, engine {{.Server.Version}}",
+        ],
+        started: "its own filter, an empty read-only root, a /tmp of 64 MiB, cgroup limits, \
+                  rlimits, no log",
+        leaves_out: "a user namespace, host users of each run (all are 65534), a wall clock, \
+                     Landlock, why it ended but \"out of memory\"",
         pace: Pace::Docker,
         enter: docker,
     },
@@ -80,13 +112,16 @@ pub const ALL: [Rival; 5] = [
 
 /// Memory of a run as our default policy has it.
 const MEMORY_BYTES: u64 = 512 << 20;
-/// Size of /tmp.
+/// Size of /tmp, and of any one file.
 const TMP_BYTES: u64 = 64 << 20;
 /// Processes, and files of one process.
 const PIDS: u64 = 256;
+/// Seconds of wall clock and of processor time.
+const SECONDS: u64 = 30;
 /// Whom the program runs as.
 const NOBODY: u32 = 65534;
 
+/// It has no options for limits, nor one for noexec.
 fn bubblewrap(args: &Args, files: &Path) -> Outcome<How> {
     let filter = files.join("filter.bpf");
     fs::write(&filter, our_filter()?)?;
@@ -125,7 +160,8 @@ fn our_filter() -> Outcome<Vec<u8>> {
     Ok(bytes.collect())
 }
 
-/// It can't show a root without the host's files; what it can take away is taken away.
+/// It can't show a root without the host's files; what it can take away is taken away. Its --timeout
+/// is left out: with one it looks for the end once in two seconds, and so takes two for each run.
 fn firejail(args: &Args, files: &Path) -> Outcome<How> {
     // The one place that surely isn't hidden by the other options.
     let home = files.join("home");
@@ -143,8 +179,10 @@ fn firejail(args: &Args, files: &Path) -> Outcome<How> {
         ]);
         command.args(["--caps.drop=all", "--nonewprivs", "--nogroups", "--seccomp"]);
         command.arg(format!("--private={}", home.display()));
-        command.args(["--private-dev", "--read-only=/", "--tmpfs=/tmp"]);
+        command.args(["--private-dev", "--read-only=/", "--tmpfs=/tmp", "--noexec=/tmp"]);
         command.arg(format!("--rlimit-as={MEMORY_BYTES}"));
+        command.arg(format!("--rlimit-cpu={SECONDS}"));
+        command.arg(format!("--rlimit-fsize={TMP_BYTES}"));
         command.arg(format!("--rlimit-nproc={PIDS}")).arg(format!("--rlimit-nofile={PIDS}"));
         command.arg("--").arg(&program);
         Ok(command)
@@ -172,7 +210,8 @@ fn hakoniwa(args: &Args, files: &Path) -> Outcome<How> {
         command.arg(format!("--cgroup-memory={MEMORY_BYTES}")).arg("--cgroup-cpus=1");
         command.arg(format!("--cgroup-memory-swap={MEMORY_BYTES}"));
         command.arg(format!("--cgroup-pids-limit={PIDS}"));
-        command.args(["--limit-cpu=30", "--limit-walltime=30", "--limit-core=0"]);
+        command.arg(format!("--limit-cpu={SECONDS}")).arg(format!("--limit-walltime={SECONDS}"));
+        command.arg("--limit-core=0");
         command.arg(format!("--limit-nofile={PIDS}")).arg(format!("--limit-fsize={TMP_BYTES}"));
         command.args(["--", "/ok"]);
         Ok(command)
@@ -184,13 +223,16 @@ fn docker(args: &Args, _files: &Path) -> Outcome<How> {
     Ok(How::Spawn(Box::new(move || {
         let mut command = Command::new("docker");
         command.args(["run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL"]);
+        command.arg("--cgroupns=private");
         command.args(["--security-opt=no-new-privileges", "--log-driver=none"]);
         command.arg(format!("--tmpfs=/tmp:noexec,size={TMP_BYTES}"));
         command
             .arg(format!("--memory={MEMORY_BYTES}"))
             .arg(format!("--memory-swap={MEMORY_BYTES}"));
         command.arg(format!("--pids-limit={PIDS}")).arg("--cpus=1");
-        command.arg(format!("--ulimit=nofile={PIDS}")).arg(format!("--user={NOBODY}:{NOBODY}"));
+        command.arg(format!("--ulimit=nofile={PIDS}")).arg(format!("--ulimit=fsize={TMP_BYTES}"));
+        command.arg(format!("--ulimit=cpu={SECONDS}")).arg("--ulimit=core=0");
+        command.arg(format!("--user={NOBODY}:{NOBODY}"));
         command.args([image.as_str(), "/ok"]);
         Ok(command)
     })))

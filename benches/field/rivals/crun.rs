@@ -13,7 +13,7 @@ use dispatcher::jail::{
 };
 use serde_json::{Value, json};
 
-use super::{MEMORY_BYTES, NOBODY, PIDS, TMP_BYTES};
+use super::{MEMORY_BYTES, NOBODY, PIDS, SECONDS, TMP_BYTES};
 use crate::{Outcome, args::Args, contestant::How};
 
 /// Host ids of its user namespace.
@@ -44,6 +44,9 @@ fn configuration() -> Value {
     let fixed = ["nosuid", "nodev", "noexec"];
     let size = format!("size={TMP_BYTES}");
     let tmp = [&fixed[..], &["mode=1777", &size]].concat();
+    let rlimits = [("NOFILE", PIDS), ("FSIZE", TMP_BYTES), ("CPU", SECONDS), ("CORE", 0)].map(
+        |(name, limit)| json!({ "type": format!("RLIMIT_{name}"), "hard": limit, "soft": limit }),
+    );
     json!({
         "ociVersion": "1.0.0",
         "process": {
@@ -53,7 +56,7 @@ fn configuration() -> Value {
             "env": [],
             "cwd": "/",
             "capabilities": {},
-            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": PIDS, "soft": PIDS }],
+            "rlimits": rlimits,
             "noNewPrivileges": true,
         },
         "root": { "path": "rootfs", "readonly": true },
