@@ -36,7 +36,7 @@ pub struct Args {
     /// The policy that calls go by
     #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/policies/default.toml"))]
     pub policy: PathBuf,
-    /// Only these contestants, by name; the bare spawn always takes part
+    /// Only these contestants, by name; `spawn` and `dispatcher` are two
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// The image that docker runs; without one docker doesn't take part
@@ -48,6 +48,9 @@ pub struct Args {
     /// Calls of throughput at each number of callers; the slow make a tenth, docker one each
     #[arg(long, default_value_t = 10_000)]
     pub calls: usize,
+    /// Numbers of callers of throughput
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [2, 8, 32])]
+    pub callers: Vec<usize>,
     /// Jails asleep in `idle`
     #[arg(long, default_value_t = 200)]
     pub sleepers: usize,

@@ -85,7 +85,7 @@ impl Field {
                 Err(why) => absent.push(Absent { name: rival.name, why: why.to_string() }),
             }
         }
-        present.retain(|one| one.name == SPAWN || args.invites(one.name));
+        present.retain(|one| args.invites(one.name));
         Ok(Self { present, absent, _files: files, _hidden: hidden })
     }
 }

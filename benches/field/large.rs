@@ -12,9 +12,9 @@ use crate::{
     bare,
     client::{self, Client},
     machine::field,
+    processes::descendants,
     report::{Goal, Report},
     server::Server,
-    sleepers::descendants,
     stats::Summary,
 };
 

@@ -11,6 +11,7 @@ use crate::{
     client::{self, Phases, Sample},
     contestant::{Contestant, DISPATCHER, Field, How, Pace, SPAWN, spawn},
     report::{Goal, Report},
+    rest::order,
     stats::{Summary, median_ms},
 };
 
@@ -52,16 +53,6 @@ pub fn measure(args: &Args, field: &Field, report: &mut Report) -> Outcome {
     }
     goals(report);
     Ok(())
-}
-
-/// Everybody's turn moves on, and every second round goes backwards: so nobody always follows the
-/// same one, whose clearing up he would pay for.
-fn order(round: usize, count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).map(|place| (place + round / 2) % count).collect();
-    if round % 2 == 1 {
-        order.reverse();
-    }
-    order
 }
 
 /// A contestant with all it needs for its next run.
@@ -119,7 +110,8 @@ fn breakdown(samples: &[Sample]) -> Breakdown {
 }
 
 fn goals(report: &mut Report) {
-    let [spawn, ours] = [SPAWN, DISPATCHER].map(|name| report.row(name).latency.clone());
+    let latency = |name| report.find(name).and_then(|row| row.latency.clone());
+    let [spawn, ours] = [SPAWN, DISPATCHER].map(latency);
     let (Some(spawn), Some(ours)) = (spawn, ours) else { return };
     let ratio = ours.p50_ms / spawn.p50_ms;
     report.goals.push(Goal::at_most("p50, one caller: times a bare spawn's", ratio, 2.0));

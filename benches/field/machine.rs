@@ -61,17 +61,48 @@ impl Machine {
     }
 }
 
-/// How long the host's processors were busy so far, all together, proc_stat(5): whatever a
-/// run costs is in it, also what is done for it after its answer.
-pub fn busy() -> Outcome<Duration> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let all = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).unwrap_or_default();
-    // user, nice, system, idle, iowait, irq, softirq
-    let ticks: Vec<u64> = all.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    let [user, nice, system, _, _, irq, softirq, ..] = ticks[..] else {
-        return Err("/proc/stat is not as expected".into());
-    };
-    Ok(Duration::from_millis(10 * (user + nice + system + irq + softirq)))
+/// What the host's processors did so far, all together, proc_stat(5): whatever a run costs is in
+/// it, also what is done for it after its answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Processors {
+    pub busy: Duration,
+    idle: Duration,
+    /// Wanted, while the host of this virtual machine did something else.
+    stolen: Duration,
+}
+
+impl Processors {
+    /// As it is now.
+    pub fn look() -> Outcome<Self> {
+        let text = fs::read_to_string("/proc/stat")?;
+        let all = text.lines().next().and_then(|line| line.strip_prefix("cpu "));
+        let ticks = all.unwrap_or_default().split_whitespace();
+        let ticks: Vec<u64> = ticks.map_while(|word| word.parse().ok()).collect();
+        let [user, nice, system, idle, iowait, irq, softirq, steal, ..] = ticks[..] else {
+            return Err("/proc/stat is not as expected".into());
+        };
+        let time = |ticks| Duration::from_millis(10 * ticks);
+        Ok(Self {
+            busy: time(user + nice + system + irq + softirq),
+            idle: time(idle + iowait),
+            stolen: time(steal),
+        })
+    }
+
+    /// What they did after an earlier look.
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            busy: self.busy.saturating_sub(earlier.busy),
+            idle: self.idle.saturating_sub(earlier.idle),
+            stolen: self.stolen.saturating_sub(earlier.stolen),
+        }
+    }
+
+    /// How much of that time they had nothing to do.
+    pub fn idle_share(self) -> f64 {
+        let all = (self.busy + self.idle + self.stolen).as_secs_f64();
+        if all > 0.0 { self.idle.as_secs_f64() / all } else { 0.0 }
+    }
 }
 
 /// A line of /proc/meminfo.

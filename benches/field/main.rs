@@ -10,7 +10,9 @@ mod idle;
 mod large;
 mod latency;
 mod machine;
+mod processes;
 mod report;
+mod rest;
 mod rivals;
 mod server;
 mod services;
@@ -90,7 +92,7 @@ fn side_by_side(args: &Args, report: &mut Report) -> Outcome {
         latency::measure(args, &field, report)?;
     }
     if args.wants(Section::Throughput) {
-        throughput::measure(args, &field, report)?;
+        throughput::measure(args, &field, server.pid(), report)?;
     }
     drop(field);
     server.stop()

@@ -1,6 +1,9 @@
 //! What was found: for people, and as JSON.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use serde::Serialize;
 
@@ -13,13 +16,14 @@ use crate::{
     machine::Machine,
     services::Services,
     stats::Summary,
-    throughput::CALLERS,
 };
 
 /// Everything.
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub machine: Machine,
+    /// What went otherwise than it should.
+    pub notes: Vec<String>,
     /// What was in force in every jailed call by the default policy or one that extends it, and what
     /// of the policy's `best_effort` was not.
     pub enforced: Vec<String>,
@@ -43,10 +47,15 @@ pub struct Row {
     pub started: String,
     pub leaves_out: String,
     pub latency: Option<Summary>,
-    /// By number of callers.
+    /// By number of callers: runs of the turn, and how many were answered in a second.
+    pub runs: BTreeMap<usize, usize>,
     pub runs_per_s: BTreeMap<usize, f64>,
-    /// Processor time of the whole host for each run, likewise.
+    /// Share of the processors' time in which they had nothing to do.
+    pub idle_share: BTreeMap<usize, f64>,
+    /// Processor time of the whole host for each run, with what was done after the turn.
     pub busy_ms_per_run: BTreeMap<usize, f64>,
+    /// That which was done after the turn.
+    pub busy_after_ms_per_run: BTreeMap<usize, f64>,
 }
 
 impl Row {
@@ -82,7 +91,7 @@ impl Report {
     pub fn new(machine: Machine) -> Self {
         let (contestants, absent, breakdown, goals) = Default::default();
         let (idle, large, alive, services) = Default::default();
-        let (enforced, not_in_force) = Default::default();
+        let (enforced, not_in_force, notes) = Default::default();
         Self {
             machine,
             contestants,
@@ -95,6 +104,7 @@ impl Report {
             services,
             enforced,
             not_in_force,
+            notes,
         }
     }
 
@@ -108,6 +118,17 @@ impl Report {
         }
         let absent = field.absent.iter().map(|one| (one.name.to_owned(), one.why.clone()));
         self.absent.extend(absent);
+    }
+
+    /// Says and keeps what went otherwise than it should.
+    pub fn note(&mut self, what: String) {
+        eprintln!("field: {what}");
+        self.notes.push(what);
+    }
+
+    /// A contestant's row, if it has one.
+    pub fn find(&self, name: &str) -> Option<&Row> {
+        self.contestants.iter().find(|row| row.name == name)
     }
 
     /// A contestant's row, made where there is none.
@@ -196,13 +217,15 @@ impl Report {
         if self.contestants.is_empty() {
             return String::new();
         }
-        let spawn = self.contestants.iter().find(|row| row.name == SPAWN);
-        let spawn = spawn.and_then(|row| row.latency.as_ref()).map(|latency| latency.p50_ms);
+        let numbers: BTreeSet<usize> =
+            self.contestants.iter().flat_map(|row| row.runs_per_s.keys().copied()).collect();
+        let spawn =
+            self.find(SPAWN).and_then(|row| row.latency.as_ref()).map(|latency| latency.p50_ms);
         let mut text = format!("\n{:<12}{:>9}{:>9}{:>9}", "", "p50 ms", "p99 ms", "× spawn");
-        for callers in CALLERS {
+        for callers in &numbers {
             let _ = write!(text, "{:>9}", format!("{callers}: /s"));
         }
-        let most = CALLERS[CALLERS.len() - 1];
+        let most = numbers.last();
         text.push_str("   busy ms  leaves out\n");
         for row in &self.contestants {
             let latency = row.latency.as_ref();
@@ -211,10 +234,10 @@ impl Report {
             text.push_str(&cell(latency.map(|latency| latency.p50_ms), 2));
             text.push_str(&cell(latency.map(|latency| latency.p99_ms), 2));
             text.push_str(&cell(times, 1));
-            for callers in CALLERS {
-                text.push_str(&cell(row.rate(callers), 0));
+            for callers in &numbers {
+                text.push_str(&cell(row.rate(*callers), 0));
             }
-            text.push_str(&cell(row.busy_ms_per_run.get(&most).copied(), 2));
+            text.push_str(&cell(most.and_then(|most| row.busy_ms_per_run.get(most)).copied(), 2));
             let _ = writeln!(text, "   {}", row.leaves_out);
         }
         text

@@ -1,10 +1,6 @@
 //! Jails in which nothing happens: begun, counted and cancelled.
 
-use std::{
-    collections::HashMap,
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use dispatcher::wire::ServeRequest;
 use tokio::task::JoinSet;
@@ -13,6 +9,7 @@ use crate::{
     Outcome,
     args::Args,
     client::{self, Client},
+    processes::descendants,
     server::Server,
 };
 
@@ -92,39 +89,4 @@ async fn sleep(mut client: Client, request: ServeRequest) -> Outcome {
     let response = client.serve(request).await?.into_inner();
     let status = response.status.unwrap_or_default();
     Err(format!("a sleeper ended: {:?} {}", status.code(), status.message).into())
-}
-
-/// A process.
-pub struct Process {
-    pub pid: u32,
-    parent: u32,
-    pub comm: String,
-}
-
-/// All that descend from one.
-pub fn descendants(ancestor: u32) -> Outcome<Vec<Process>> {
-    let mut children: HashMap<u32, Vec<Process>> = HashMap::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        // One may end while we look.
-        if let Some(process) = pid.and_then(process) {
-            children.entry(process.parent).or_default().push(process);
-        }
-    }
-    let mut found = children.remove(&ancestor).unwrap_or_default();
-    let mut next = 0;
-    while let Some(one) = found.get(next) {
-        let own = children.remove(&one.pid).unwrap_or_default();
-        found.extend(own);
-        next += 1;
-    }
-    Ok(found)
-}
-
-fn process(pid: u32) -> Option<Process> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name stands in parentheses, and may hold any of them itself.
-    let (name, rest) = (stat.find('(')?, stat.rfind(')')?);
-    let parent = stat[rest + 2..].split(' ').nth(1)?.parse().ok()?;
-    Some(Process { pid, parent, comm: stat[name + 1..rest].to_owned() })
 }

@@ -1,4 +1,5 @@
-//! Several callers at once. The contestants take turns in slices.
+//! Several callers at once. Each contestant has one turn, without a pause, and the next begins when
+//! what it left has been cleared up.
 
 use std::{
     process::Command,
@@ -15,65 +16,61 @@ use crate::{
     args::Args,
     client::{self, Client},
     contestant::{Contestant, DISPATCHER, Field, How, Pace, SPAWN, spawn},
-    machine,
+    machine::Processors,
     report::{Goal, Report},
+    rest,
+    stats::milliseconds,
 };
-
-/// How many call at once.
-pub const CALLERS: [usize; 3] = [2, 8, 32];
-
-/// Turns of each contestant.
-const SLICES: usize = 5;
 
 /// The callers of the server share so many connections.
 const CONNECTIONS: usize = 4;
 
-/// Measures, and enters what was found.
-pub fn measure(args: &Args, field: &Field, report: &mut Report) -> Outcome {
+/// From so many callers on there are goals.
+const MANY: usize = 8;
+
+/// Measures, and enters what was found. `server` is whom to wait for between turns.
+pub fn measure(args: &Args, field: &Field, server: u32, report: &mut Report) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    for callers in CALLERS {
+    rest::wait(server)?;
+    for (round, &callers) in args.callers.iter().enumerate() {
         eprintln!("field: throughput, {callers} callers");
-        let mut spent = vec![Spent::default(); field.present.len()];
-        let runs = |contestant: &Contestant| slice(contestant.pace, args.calls, callers);
-        for slice in 0..SLICES {
-            for (contestant, spent) in field.present.iter().zip(&mut spent) {
-                if slice < turns(contestant.pace) {
-                    let busy = machine::busy()?;
-                    spent.time += turn(&runtime, contestant, callers, runs(contestant))?;
-                    spent.busy += machine::busy()?.saturating_sub(busy);
-                }
+        for index in rest::order(round, field.present.len()) {
+            let contestant = &field.present[index];
+            let runs = runs(contestant.pace, args.calls, callers);
+            let before = Processors::look()?;
+            let time = turn(&runtime, contestant, callers, runs)?;
+            let turn = Processors::look()?.since(before);
+            let rested = rest::wait(server)?;
+            let all = Processors::look()?.since(before);
+            if !rested {
+                let name = contestant.name;
+                report.note(format!("no rest after {name}'s turn with {callers} callers"));
             }
-        }
-        for (contestant, spent) in field.present.iter().zip(&spent) {
-            let all = (runs(contestant) * turns(contestant.pace)) as f64;
+            let each = |time: Duration| milliseconds(time) / runs as f64;
             let row = report.row(contestant.name);
-            row.runs_per_s.insert(callers, all / spent.time.as_secs_f64());
-            row.busy_ms_per_run.insert(callers, spent.busy.as_secs_f64() * 1000.0 / all);
+            row.runs.insert(callers, runs);
+            row.runs_per_s.insert(callers, runs as f64 / time.as_secs_f64());
+            row.idle_share.insert(callers, turn.idle_share());
+            // Where others were at work as well, what came afterwards may be theirs.
+            let after = if rested { all.busy.saturating_sub(turn.busy) } else { Duration::ZERO };
+            row.busy_ms_per_run.insert(callers, each(turn.busy + after));
+            if rested {
+                row.busy_after_ms_per_run.insert(callers, each(after));
+            }
         }
         goals(report, callers);
     }
     Ok(())
 }
 
-/// What all turns of a contestant took.
-#[derive(Clone, Default)]
-struct Spent {
-    time: Duration,
-    busy: Duration,
-}
-
-fn turns(pace: Pace) -> usize {
-    if pace == Pace::Docker { 1 } else { SLICES }
-}
-
-/// Runs in one turn; at least as many as there are callers.
-fn slice(pace: Pace, calls: usize, callers: usize) -> usize {
+/// Runs of one turn; at least as many as there are callers.
+fn runs(pace: Pace, calls: usize, callers: usize) -> usize {
     let all = match pace {
         Pace::Quick => calls,
         Pace::Slow => calls / 10,
         Pace::Docker => 0,
     };
-    (all / SLICES).max(callers)
+    all.max(callers)
 }
 
 fn turn(
@@ -142,9 +139,10 @@ async fn calling(
 }
 
 fn goals(report: &mut Report, callers: usize) {
-    let [spawn, ours] = [SPAWN, DISPATCHER].map(|name| report.row(name).rate(callers));
+    let rate = |name| report.find(name).and_then(|row| row.rate(callers));
+    let [spawn, ours] = [SPAWN, DISPATCHER].map(rate);
     let (Some(spawn), Some(ours)) = (spawn, ours) else { return };
-    if callers < 8 {
+    if callers < MANY {
         return;
     }
     report.goals.push(Goal::at_least(&format!("runs/s, {callers} callers"), ours, 1000.0));

@@ -1,0 +1,50 @@
+//! What processes there are below one, and what they do.
+
+use std::{collections::HashMap, fs};
+
+use crate::Outcome;
+
+/// A process.
+pub struct Process {
+    pub pid: u32,
+    parent: u32,
+    pub comm: String,
+    /// Its processor time so far, in hundredths of a second.
+    pub ticks: u64,
+}
+
+/// All that descend from one.
+pub fn descendants(ancestor: u32) -> Outcome<Vec<Process>> {
+    let mut children: HashMap<u32, Vec<Process>> = HashMap::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // One may end while we look.
+        if let Some(process) = pid.and_then(process) {
+            children.entry(process.parent).or_default().push(process);
+        }
+    }
+    let mut found = children.remove(&ancestor).unwrap_or_default();
+    let mut next = 0;
+    while let Some(one) = found.get(next) {
+        let own = children.remove(&one.pid).unwrap_or_default();
+        found.extend(own);
+        next += 1;
+    }
+    Ok(found)
+}
+
+fn process(pid: u32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in parentheses, and may hold any of them itself.
+    let (name, rest) = (stat.find('(')?, stat.rfind(')')?);
+    let fields: Vec<&str> = stat[rest + 2..].split(' ').collect();
+    let number = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
+    // state, ppid, ..., and utime and stime, proc_pid_stat(5)
+    let parent = u32::try_from(number(1)?).ok()?;
+    Some(Process {
+        pid,
+        parent,
+        comm: stat[name + 1..rest].to_owned(),
+        ticks: number(11)? + number(12)?,
+    })
+}
