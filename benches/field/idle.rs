@@ -23,6 +23,9 @@ pub struct Idle {
     pub before: Summary,
     pub with_sleepers: Summary,
     pub after: Summary,
+    /// The median with them, times that before they came, and times the mean of before and after.
+    pub times_before: f64,
+    pub times_mean: f64,
 }
 
 /// Measures, and enters what was found.
@@ -41,10 +44,14 @@ pub fn measure(args: &Args, report: &mut Report) -> Outcome {
     sleepers_runtime.block_on(sleepers.end())?;
     let after = runtime.block_on(caller.rounds(args.rounds))?;
 
-    let ratio = with_sleepers.p50_ms / ((before.p50_ms + after.p50_ms) / 2.0);
-    let what = format!("p50 with {} asleep: times that with none", args.sleepers);
-    report.goals.push(Goal::at_most(&what, ratio, 1.3));
-    report.idle = Some(Idle { sleepers: args.sleepers, before, with_sleepers, after });
+    let times_before = with_sleepers.p50_ms / before.p50_ms;
+    let times_mean = with_sleepers.p50_ms / ((before.p50_ms + after.p50_ms) / 2.0);
+    let what = format!("p50 with {} asleep: times that", args.sleepers);
+    let goal = |of: &str, found| Goal::at_most(&format!("{what} {of}"), found, 1.3);
+    report.goals.push(goal("before they came", times_before));
+    report.goals.push(goal("of before and after, in the mean", times_mean));
+    let sleepers = args.sleepers;
+    report.idle = Some(Idle { sleepers, before, with_sleepers, after, times_before, times_mean });
     server.stop()
 }
 

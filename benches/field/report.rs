@@ -165,7 +165,7 @@ impl Report {
                  program {wall_ms:.3}, the rest {rest_ms:.3}; all {total_ms:.3}"
             );
         }
-        if let Some(Idle { sleepers, before, with_sleepers, after }) = &self.idle {
+        if let Some(Idle { sleepers, before, with_sleepers, after, .. }) = &self.idle {
             let [before, with, after] = [before, with_sleepers, after].map(|one| one.p50_ms);
             let _ = writeln!(
                 text,
