@@ -174,6 +174,16 @@ pub fn in_force() -> [Vec<String>; 2] {
     [enforced.clone(), lacking.map(Into::into).collect()]
 }
 
+/// Any call, whatever it is answered, and how long that took.
+pub async fn ask(
+    client: &mut Client,
+    request: ServeRequest,
+) -> (Duration, Result<ServeResponse, tonic::Status>) {
+    let started = Instant::now();
+    let answer = client.serve(request).await;
+    (started.elapsed(), answer.map(tonic::Response::into_inner))
+}
+
 /// One measured run.
 pub struct Sample {
     /// As the caller saw it.

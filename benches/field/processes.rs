@@ -1,6 +1,10 @@
 //! What processes there are below one, and what they do.
 
-use std::{collections::HashMap, fs};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    os::unix::fs::MetadataExt as _,
+};
 
 use crate::Outcome;
 
@@ -31,6 +35,25 @@ pub fn descendants(ancestor: u32) -> Outcome<Vec<Process>> {
         next += 1;
     }
     Ok(found)
+}
+
+/// Bytes of all memfds that a process and its descendants have open; each counts once.
+pub fn memfd_bytes(ancestor: u32) -> Outcome<u64> {
+    let mut found = BTreeMap::new();
+    let pids = descendants(ancestor)?.into_iter().map(|one| one.pid).chain([ancestor]);
+    for pid in pids {
+        // It may end, or close them, while we look.
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+        for path in descriptors.flatten().map(|entry| entry.path()) {
+            let Ok(target) = fs::read_link(&path) else { continue };
+            if target.as_os_str().as_encoded_bytes().starts_with(b"/memfd:")
+                && let Ok(file) = fs::metadata(&path)
+            {
+                found.insert((file.dev(), file.ino()), file.blocks() * 512);
+            }
+        }
+    }
+    Ok(found.into_values().sum())
 }
 
 fn process(pid: u32) -> Option<Process> {

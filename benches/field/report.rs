@@ -172,13 +172,13 @@ impl Report {
                 "idle jails, p50 in ms: none {before:.3}, {sleepers} {with:.3}, none again {after:.3}"
             );
         }
-        if let Some(Large { bytes, empty, same, new, server_peak_bytes }) = &self.large {
+        if let Some(Large { bytes, empty, same, new, resident_peak_bytes, .. }) = &self.large {
             let [empty, same, new] = [empty, same, new].map(|one| one.p50_ms);
-            let [size, peak] = [*bytes as u64, *server_peak_bytes].map(|bytes| bytes >> 20);
+            let [size, peak] = [*bytes as u64, *resident_peak_bytes].map(|bytes| bytes >> 20);
             let _ = writeln!(
                 text,
                 "{size} MiB inline, p50 in ms: empty call {empty:.1}, the same {same:.1}, \
-                 new each time {new:.1}; the server's memory at most {peak} MiB"
+                 new each time {new:.1}; the server's resident memory at most {peak} MiB"
             );
         }
         if let Some(alive) = &self.alive {
