@@ -15,7 +15,7 @@ pub enum Section {
     Idle,
     /// A binary of 64 MiB with each call
     Large,
-    /// Many jails at once
+    /// Many jails at once, and those built ahead: their memory
     Alive,
     /// A gRPC service, beside the same server called straight
     Services,

@@ -11,6 +11,7 @@ mod large;
 mod latency;
 mod machine;
 mod processes;
+mod ready;
 mod report;
 mod rest;
 mod rivals;
@@ -70,6 +71,7 @@ fn measure(args: &Args) -> Outcome {
     }
     if args.wants(Section::Alive) {
         alive::measure(args, &mut report)?;
+        ready::measure(args, &mut report)?;
     }
     report.machine.look_again()?;
     [report.enforced, report.not_in_force] = client::in_force();

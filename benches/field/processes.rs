@@ -8,6 +8,10 @@ use std::{
 
 use crate::Outcome;
 
+/// What the process of the dispatcher that makes jails calls itself, and the first of each jail.
+const LAUNCHER: &str = "dispatch-launch";
+const INIT: &str = "dispatch-init";
+
 /// A process.
 pub struct Process {
     pub pid: u32,
@@ -35,6 +39,15 @@ pub fn descendants(ancestor: u32) -> Outcome<Vec<Process>> {
         next += 1;
     }
     Ok(found)
+}
+
+/// How many jails a dispatcher has, whether or not a program runs in them: each has one init, and
+/// that is the launcher's child.
+pub fn jails(server: u32) -> Outcome<usize> {
+    let all = descendants(server)?;
+    let launcher = all.iter().find(|one| one.comm == LAUNCHER);
+    let launcher = launcher.ok_or("the dispatcher has no process that makes jails")?.pid;
+    Ok(all.iter().filter(|one| one.parent == launcher && one.comm == INIT).count())
 }
 
 /// Bytes of all memfds that a process and its descendants have open; each counts once.

@@ -14,6 +14,7 @@ use crate::{
     large::Large,
     latency::Breakdown,
     machine::Machine,
+    ready::Ready,
     services::Services,
     stats::Summary,
 };
@@ -35,6 +36,7 @@ pub struct Report {
     pub idle: Option<Idle>,
     pub large: Option<Large>,
     pub alive: Option<Alive>,
+    pub ready: Option<Ready>,
     pub services: Option<Services>,
     pub goals: Vec<Goal>,
 }
@@ -91,7 +93,7 @@ impl Report {
     pub fn new(machine: Machine) -> Self {
         let (contestants, absent, breakdown, goals) = Default::default();
         let (idle, large, alive, services) = Default::default();
-        let (enforced, not_in_force, notes) = Default::default();
+        let (enforced, not_in_force, notes, ready) = Default::default();
         Self {
             machine,
             contestants,
@@ -105,6 +107,7 @@ impl Report {
             enforced,
             not_in_force,
             notes,
+            ready,
         }
     }
 

@@ -14,10 +14,16 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{Outcome, args::Args};
+use crate::{Outcome, args::Args, processes::jails, rest};
 
 /// How long it may take to end: its own time to drain, and some more.
 const END_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long jails may take to go when the policy has changed.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// The policy to measure by, below the server's directory.
+const DEFAULT: &str = "policies/default.toml";
 
 /// So many calls at once are not queued, by namespace and by server.
 const CONCURRENCY: u32 = 2048;
@@ -28,6 +34,8 @@ pub struct Server {
     /// `127.0.0.1:PORT`
     pub address: String,
     directory: tempfile::TempDir,
+    /// How often its policies were changed.
+    renewals: u32,
 }
 
 impl Server {
@@ -37,7 +45,7 @@ impl Server {
         let base = directory.path();
         fs::create_dir(base.join("policies"))?;
         fs::create_dir(base.join("state"))?;
-        fs::write(base.join("policies/default.toml"), unqueued(&args.policy)?)?;
+        fs::write(base.join(DEFAULT), unqueued(&args.policy)?)?;
         for (name, text) in further {
             fs::write(base.join(format!("policies/{name}.toml")), text)?;
         }
@@ -51,7 +59,7 @@ impl Server {
         command.arg(base.join("dispatcher.toml")).current_dir(base);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(base.join("log"))?);
         let child = command.spawn().map_err(|error| format!("setpriv: {error}"))?;
-        let mut server = Self { child, address: String::new(), directory };
+        let mut server = Self { child, address: String::new(), directory, renewals: 0 };
         server.address = server.listening()?;
         Ok(server)
     }
@@ -64,6 +72,26 @@ impl Server {
     /// Where it listens as well.
     pub fn socket(&self) -> std::path::PathBuf {
         self.directory.path().join("socket")
+    }
+
+    /// Changes the default policy, and so all that extend it, in what makes no difference: the
+    /// limit of processor time. Ends when no jail is left that was built by the old one.
+    pub fn renew(&mut self) -> Outcome {
+        self.renewals += 1;
+        let path = self.directory.path().join(DEFAULT);
+        let limit = format!("\"{}s\"", 30 + self.renewals);
+        let text = change(&fs::read_to_string(&path)?, "[limits]", &["cpu_time"], &limit)?;
+        fs::write(path, text)?;
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGHUP)?;
+        let give_up = Instant::now() + RENEWAL_LIMIT;
+        while jails(self.pid())? > 0 {
+            if Instant::now() > give_up {
+                return Err("jails are left that were built by an old policy".into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        // The one that serves has it a moment later.
+        rest::wait(self.pid()).map(drop)
     }
 
     fn listening(&mut self) -> Outcome<String> {
@@ -121,22 +149,27 @@ impl Drop for Server {
 /// The policy as it is, but for `[admission]`: the queue is not what is measured.
 fn unqueued(path: &Path) -> Outcome<String> {
     let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let (mut table, mut changed, mut out) = ("", 0, String::new());
+    change(&text, "[admission]", &["concurrency", "queue"], &CONCURRENCY.to_string())
+}
+
+/// A policy with another value for these keys of a table, which must be there.
+fn change(text: &str, table: &str, keys: &[&str], value: &str) -> Outcome<String> {
+    let (mut here, mut changed, mut out) = ("", 0, String::new());
     for line in text.lines() {
         if line.starts_with('[') {
-            table = line;
+            here = line;
         }
         let key = line.split('=').next().unwrap_or_default().trim();
-        if table == "[admission]" && matches!(key, "concurrency" | "queue") {
-            out.push_str(&format!("{key} = {CONCURRENCY}\n"));
+        if here == table && keys.contains(&key) {
+            out.push_str(&format!("{key} = {value}\n"));
             changed += 1;
         } else {
             out.push_str(line);
             out.push('\n');
         }
     }
-    if changed != 2 {
-        return Err(format!("{} has no [admission] concurrency and queue", path.display()).into());
+    if changed != keys.len() {
+        return Err(format!("the policy has no {table} {}", keys.join(" and ")).into());
     }
     Ok(out)
 }

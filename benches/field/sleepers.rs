@@ -42,8 +42,18 @@ pub struct Sleepers {
 impl Sleepers {
     /// Begins so many, and waits until each one's program runs.
     pub async fn begin(args: &Args, server: &Server, count: usize) -> Outcome<Self> {
+        Self::begin_in(NAMESPACE, args, server, count).await
+    }
+
+    /// The same by another namespace's policy; there must be no others.
+    pub async fn begin_in(
+        namespace: &str,
+        args: &Args,
+        server: &Server,
+        count: usize,
+    ) -> Outcome<Self> {
         let mut sleepers = Self { calls: JoinSet::new(), server: server.pid() };
-        let [inline, held] = client::both(NAMESPACE, &args.program("nap"))?;
+        let [inline, held] = client::both(namespace, &args.program("nap"))?;
         let mut client = client::connect(&server.address).await?;
         for index in 0..count {
             if index % PER_CONNECTION == 0 {
