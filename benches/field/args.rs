@@ -69,7 +69,7 @@ pub struct Args {
     /// Draw the latencies there
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
-    /// Be the server that does nothing, of `large`
+    /// Be the server that does nothing, of `latency` and `large`
     #[arg(long, hide = true)]
     pub bare_server: bool,
     /// Given by `cargo bench`, and without meaning here

@@ -61,7 +61,8 @@ impl Drop for Bare {
 
 /// What that process does, until the end of its standard input.
 pub fn serve() -> Outcome {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(workers()?).enable_all().build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
@@ -79,6 +80,11 @@ pub fn serve() -> Outcome {
             .await?;
         Ok(())
     })
+}
+
+/// As many as the dispatcher's own server has.
+fn workers() -> Outcome<usize> {
+    Ok((std::thread::available_parallelism()?.get() / 2).max(1))
 }
 
 struct Nothing;

@@ -200,6 +200,8 @@ pub struct Phases {
     pub setup: Duration,
     /// From the word to start until the program's end.
     pub wall: Duration,
+    /// Processor time of the run.
+    pub cpu: Duration,
     /// What is left: the wire, decoding, teardown that the reply waits for.
     pub rest: Duration,
 }
@@ -211,6 +213,7 @@ impl Phases {
         };
         let (queue, setup) = (time(report.queue_time), time(report.setup_time));
         let wall = time(report.wall_time);
-        Self { queue, setup, wall, rest: total.saturating_sub(queue + setup + wall) }
+        let cpu = time(report.user_time) + time(report.system_time);
+        Self { queue, setup, wall, cpu, rest: total.saturating_sub(queue + setup + wall) }
     }
 }

@@ -87,6 +87,8 @@ fn measure(args: &Args) -> Outcome {
 
 /// The sections in which the contestants meet, all at one server.
 fn side_by_side(args: &Args, report: &mut Report) -> Outcome {
+    // What it is without us: nothing of ours runs yet.
+    report.control = Some(latency::control(args)?);
     let server = server::Server::start(args, &[])?;
     let field = Field::gather(args, &server)?;
     report.enter(&field);

@@ -29,6 +29,8 @@ pub struct Report {
     /// of the policy's `best_effort` was not.
     pub enforced: Vec<String>,
     pub not_in_force: Vec<String>,
+    /// The spawn before any server was started.
+    pub control: Option<Summary>,
     pub contestants: Vec<Row>,
     /// Who could not take part, and why.
     pub absent: BTreeMap<String, String>,
@@ -94,6 +96,7 @@ impl Report {
         let (contestants, absent, breakdown, goals) = Default::default();
         let (idle, large, alive, services) = Default::default();
         let (enforced, not_in_force, notes, ready) = Default::default();
+        let control = Default::default();
         Self {
             machine,
             contestants,
@@ -108,6 +111,7 @@ impl Report {
             not_in_force,
             notes,
             ready,
+            control,
         }
     }
 
@@ -161,7 +165,7 @@ impl Report {
     fn sections(&self) -> String {
         let mut text = String::new();
         if let Some(breakdown) = &self.breakdown {
-            let Breakdown { queue_ms, setup_ms, wall_ms, rest_ms, total_ms } = breakdown;
+            let Breakdown { queue_ms, setup_ms, wall_ms, rest_ms, total_ms, .. } = breakdown;
             let _ = writeln!(
                 text,
                 "a call, medians in ms: queue {queue_ms:.3}, setup {setup_ms:.3}, \
