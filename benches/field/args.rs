@@ -17,6 +17,8 @@ pub enum Section {
     Large,
     /// Many jails at once, and those built ahead: their memory
     Alive,
+    /// First calls, for which nothing is ready, and calls with pauses
+    Cold,
     /// A gRPC service, beside the same server called straight
     Services,
 }
@@ -57,7 +59,7 @@ pub struct Args {
     /// Jails of `alive`
     #[arg(long, default_value_t = 1000)]
     pub alive: usize,
-    /// Rounds of `large`; five times as many services are started
+    /// Rounds of `large` and of `cold`; five times as many services are started
     #[arg(long, default_value_t = 10)]
     pub large_rounds: usize,
     /// Very few rounds of everything: whether it works, not how fast

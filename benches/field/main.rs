@@ -5,6 +5,7 @@ mod alive;
 mod args;
 mod bare;
 mod client;
+mod cold;
 mod contestant;
 mod idle;
 mod large;
@@ -72,6 +73,9 @@ fn measure(args: &Args) -> Outcome {
     if args.wants(Section::Alive) {
         alive::measure(args, &mut report)?;
         ready::measure(args, &mut report)?;
+    }
+    if args.wants(Section::Cold) {
+        cold::measure(args, &mut report)?;
     }
     report.machine.look_again()?;
     [report.enforced, report.not_in_force] = client::in_force();

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::{
     alive::Alive,
+    cold::Cold,
     contestant::{Field, SPAWN},
     idle::Idle,
     large::Large,
@@ -39,6 +40,7 @@ pub struct Report {
     pub large: Option<Large>,
     pub alive: Option<Alive>,
     pub ready: Option<Ready>,
+    pub cold: Option<Cold>,
     pub services: Option<Services>,
     pub goals: Vec<Goal>,
 }
@@ -96,7 +98,7 @@ impl Report {
         let (contestants, absent, breakdown, goals) = Default::default();
         let (idle, large, alive, services) = Default::default();
         let (enforced, not_in_force, notes, ready) = Default::default();
-        let control = Default::default();
+        let (control, cold) = Default::default();
         Self {
             machine,
             contestants,
@@ -112,6 +114,7 @@ impl Report {
             notes,
             ready,
             control,
+            cold,
         }
     }
 
