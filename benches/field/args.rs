@@ -71,6 +71,9 @@ pub struct Args {
     /// Draw the latencies there
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// Put the tables into this page, in place of those that it has
+    #[arg(long, value_name = "FILE")]
+    pub page: Option<PathBuf>,
     /// Be the server that does nothing, of `latency` and `large`
     #[arg(long, hide = true)]
     pub bare_server: bool,
@@ -85,7 +88,7 @@ impl Args {
         let mut args = Self::parse();
         // What is started has a directory of its own; and we ourselves are at the root of all after
         // a change of mounts (`rivals::hybrid`).
-        let written = [&mut args.json, &mut args.svg].into_iter().flatten();
+        let written = [&mut args.json, &mut args.svg, &mut args.page].into_iter().flatten();
         let read = [&mut args.dispatcher, &mut args.policy].into_iter().chain(&mut args.programs);
         for path in read.chain(written) {
             *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());

@@ -11,6 +11,7 @@ mod idle;
 mod large;
 mod latency;
 mod machine;
+mod page;
 mod processes;
 mod ready;
 mod report;
@@ -79,9 +80,12 @@ fn measure(args: &Args) -> Outcome {
     }
     report.machine.look_again()?;
     [report.enforced, report.not_in_force] = client::in_force();
-    print!("{}", report.table());
+    print!("{}", page::of(&report));
     if let Some(path) = &args.json {
         fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
+    }
+    if let Some(path) = &args.page {
+        fs::write(path, page::fill(&fs::read_to_string(path)?, &report)?)?;
     }
     if let Some(path) = &args.svg {
         fs::write(path, svg::picture(&report))?;
