@@ -21,6 +21,8 @@ pub enum Section {
     Cold,
     /// A gRPC service, beside the same server called straight
     Services,
+    /// Container mode, beside docker run
+    Containers,
 }
 
 /// Measures jailed calls beside bare spawns and other sandboxes.

@@ -105,7 +105,8 @@ pub async fn serve(client: &mut Client, request: ServeRequest) -> Outcome<Sample
     Ok(Sample { total, phases: Some(Phases::of(&report, total)) })
 }
 
-fn check(response: &ServeResponse) -> Outcome {
+/// Whether the program said what it says.
+pub fn check(response: &ServeResponse) -> Outcome {
     let status = response.status.clone().unwrap_or_default();
     if status.code() != Code::Ok {
         return Err(

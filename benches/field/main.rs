@@ -6,6 +6,7 @@ mod args;
 mod bare;
 mod client;
 mod cold;
+mod containers;
 mod contestant;
 mod idle;
 mod large;
@@ -70,6 +71,9 @@ fn measure(args: &Args) -> Outcome {
     }
     if args.wants(Section::Services) {
         services::measure(args, &mut report)?;
+    }
+    if args.wants(Section::Containers) {
+        containers::measure(args, &mut report)?;
     }
     if args.wants(Section::Alive) {
         alive::measure(args, &mut report)?;

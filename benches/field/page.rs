@@ -6,6 +6,7 @@ use crate::{
     Outcome,
     alive::Alive,
     cold::Cold,
+    containers::Containers,
     contestant::{DISPATCHER, SPAWN},
     idle::Idle,
     large::Large,
@@ -50,6 +51,7 @@ fn parts(report: &Report) -> Vec<(&'static str, String)> {
         ("memory", memory(report)),
         ("cold", report.cold.as_ref().map(cold).unwrap_or_default()),
         ("services", report.services.as_ref().map(services).unwrap_or_default()),
+        ("containers", report.containers.as_ref().map(containers).unwrap_or_default()),
         ("breakdown", report.breakdown.as_ref().map(breakdown).unwrap_or_default()),
         ("others", others(report)),
     ];
@@ -304,6 +306,21 @@ fn services(services: &Services) -> String {
         text,
         "| calls per second of {callers} callers | {straight_per_s:.0} | {warm_per_s:.0} | |"
     );
+    text
+}
+
+fn containers(containers: &Containers) -> String {
+    let Containers { docker_run, made, ahead } = containers;
+    let mut text = String::from("| | p50 | p99 | times |\n| --- | --- | --- | --- |\n");
+    for (what, found) in [
+        ("docker run --rm", docker_run),
+        ("by the dispatcher", made),
+        ("by the dispatcher, a container made ahead", ahead),
+    ] {
+        let times = found.p50_ms / docker_run.p50_ms;
+        let (p50, p99) = (found.p50_ms, found.p99_ms);
+        let _ = writeln!(text, "| {what} | {p50:.0} ms | {p99:.0} ms | {times:.2} |");
+    }
     text
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::{
-    alive::Alive, cold::Cold, contestant::Field, idle::Idle, large::Large, latency::Breakdown,
-    machine::Machine, ready::Ready, services::Services, stats::Summary,
+    alive::Alive, cold::Cold, containers::Containers, contestant::Field, idle::Idle, large::Large,
+    latency::Breakdown, machine::Machine, ready::Ready, services::Services, stats::Summary,
 };
 
 /// Everything.
@@ -31,6 +31,7 @@ pub struct Report {
     pub ready: Option<Ready>,
     pub cold: Option<Cold>,
     pub services: Option<Services>,
+    pub containers: Option<Containers>,
     pub goals: Vec<Goal>,
 }
 
@@ -86,7 +87,7 @@ impl Report {
     pub fn new(machine: Machine) -> Self {
         let (notes, enforced, not_in_force, control) = Default::default();
         let (contestants, absent, breakdown, goals) = Default::default();
-        let (idle, large, alive, ready, cold, services) = Default::default();
+        let (idle, large, alive, ready, cold, services, containers) = Default::default();
         Self {
             machine,
             notes,
@@ -102,6 +103,7 @@ impl Report {
             ready,
             cold,
             services,
+            containers,
             goals,
         }
     }

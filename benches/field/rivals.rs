@@ -219,6 +219,11 @@ fn hakoniwa(args: &Args, files: &Path) -> Outcome<How> {
 }
 
 fn docker(args: &Args, _files: &Path) -> Outcome<How> {
+    docker_run(args)
+}
+
+/// `docker run` with the flags that come closest.
+pub fn docker_run(args: &Args) -> Outcome<How> {
     let image = args.docker_image.clone().ok_or("no --docker-image")?;
     Ok(How::Spawn(Box::new(move || {
         let mut command = Command::new("docker");

@@ -1,6 +1,7 @@
 //! The real `dispatcher serve`, on a port of loopback and in a directory of its own.
 
 use std::{
+    env,
     fs::{self, File},
     io::{BufRead as _, BufReader},
     path::Path,
@@ -176,10 +177,15 @@ fn change(text: &str, table: &str, keys: &[&str], value: &str) -> Outcome<String
 
 /// Memory limits that add up to more than the host has refuse no call here: none is used up.
 fn server_file(base: &Path) -> String {
+    // The Docker that the command speaks to, if it is told of one.
+    let docker = env::var("DOCKER_HOST").unwrap_or_default();
+    let docker =
+        docker.strip_prefix("unix://").map(|path| format!("[docker]\nsocket = {path:?}\n"));
     format!(
         "[server]\nid = \"bench\"\nconcurrency = {CONCURRENCY}\nmemory = \"1TiB\"\n\
-         [policies]\ndir = {:?}\n[state]\ndir = {:?}\n",
+         [policies]\ndir = {:?}\n[state]\ndir = {:?}\n{}",
         base.join("policies"),
-        base.join("state")
+        base.join("state"),
+        docker.unwrap_or_default()
     )
 }
