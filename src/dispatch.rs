@@ -487,7 +487,7 @@ fn ask(
             method: call.method.to_string(),
             message: exec::stdin(call),
             metadata: metadata::headers(&call.metadata),
-            timeout: None,
+            end_by: None,
             limit: 0,
         },
         timeout: terms.timeout,

@@ -136,17 +136,18 @@ impl Instance {
     pub(super) async fn exchange(
         &self,
         call: &Unary,
-        end_by: Option<Instant>,
         stop: &mut StopSignal,
     ) -> Result<Exchange, Unreached> {
         let called = tokio::select! {
             biased;
             called = self.call(call) => called,
+        let (begun, end_by) = (Instant::now(), call.end_by);
             () = stop.stopped() => Err(Unanswered::Cancelled.into()),
             () = until(end_by) => Err(Unanswered::TimedOut.into()),
         };
         // It was told how long the call may take, and its clock may be the faster one.
-        let apart = CLOCKS_APART.min(call.timeout.unwrap_or_default() / 10);
+        let time = end_by.map(|end| end.saturating_duration_since(begun));
+        let apart = CLOCKS_APART.min(time.unwrap_or_default() / 10);
         let over = end_by.is_some_and(|end| end <= Instant::now() + apart);
         Ok(match called {
             Ok(Answered { status, .. }) if over && GIVEN_UP.contains(&status.code) => {
@@ -187,7 +188,8 @@ impl Instance {
         loop {
             let connection = self.connection().await?;
             let (service, method) = (&call.service, &call.method);
-            let method = self.methods.find(&connection, service, method, call.timeout).await;
+            let left = call.end_by.map(|end| end.saturating_duration_since(Instant::now()));
+            let method = self.methods.find(&connection, service, method, left).await;
             if method.as_ref().is_some_and(|method| method.streaming) {
                 return Err(Unanswered::Streaming { called: false }.into());
             }

@@ -172,7 +172,7 @@ pub struct Ask {
     pub rules: policy::Instances,
     /// Whether the policy names the digests that may run: then `min` are kept.
     pub pinned: bool,
-    /// The message and what goes with it; its timeout is set here.
+    /// The message and what goes with it; when it must be over is set here.
     pub call: Unary,
     /// Wall clock of the call.
     pub timeout: Limit<Duration>,
@@ -328,10 +328,10 @@ impl Instances {
             let now = Instant::now();
             let own = timeout.finite().and_then(|timeout| now.checked_add(timeout));
             let end_by = [own, deadline].into_iter().flatten().min();
-            call.timeout = end_by.map(|end| end.saturating_duration_since(now));
+            call.end_by = end_by;
             let started = SystemTime::now();
             let mark = lease.instance().service.logged();
-            let exchange = match lease.instance().exchange(&call, end_by, &mut stop).await {
+            let exchange = match lease.instance().exchange(&call, &mut stop).await {
                 Ok(exchange) => exchange,
                 Err(_) if unreached < UNREACHED_MAX => {
                     unreached += 1;
@@ -346,10 +346,11 @@ impl Instances {
             let timed_out =
                 matches!(exchange, Exchange::GaveUp | Exchange::Unanswered(Unanswered::TimedOut));
             let over = timed_out && end_by == own;
-            let least = call.timeout.filter(|_| over).unwrap_or_default();
+            let least = end_by.filter(|_| over).map(|end| end.saturating_duration_since(now));
+            let least = least.unwrap_or_default();
             let wall = now.elapsed().max(least);
             let times = Times { started, setup, wall };
-            return Ok(told(lease, exchange, times, mark, warm, call.timeout.is_some()).await);
+            return Ok(told(lease, exchange, times, mark, warm, end_by.is_some()).await);
         }
     }
 

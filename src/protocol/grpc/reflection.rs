@@ -55,7 +55,7 @@ pub async fn methods(
             method: METHOD.to_owned(),
             message: message.clone(),
             metadata: HeaderMap::new(),
-            timeout: None,
+            end_by: None,
             limit: ANSWER_MAX,
         };
         match connection.unary(&call).await {

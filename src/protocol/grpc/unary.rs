@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, client::ResponseFuture};
 use http::{HeaderMap, HeaderValue, Request, StatusCode};
+use tokio::time::Instant;
 
 use super::connection::Connection;
 
@@ -41,8 +42,8 @@ pub struct Unary {
     pub message: Bytes,
     /// What the caller adds to the headers.
     pub metadata: HeaderMap,
-    /// What the service is told to keep to.
-    pub timeout: Option<Duration>,
+    /// When it must be over: the service is told how long that is from when it is sent.
+    pub end_by: Option<Instant>,
     /// Bytes of the answer's message; more is given up.
     pub limit: u64,
 }
@@ -106,7 +107,8 @@ impl Connection {
     pub async fn unary(&self, call: &Unary) -> Result<Answer, CallFailure> {
         let head = head(call)?;
         let unsent = |error: h2::Error| CallFailure::Lost { why: error.to_string(), sent: false };
-        // Where it takes no more calls at once, this waits until it does.
+        // This doesn't wait. Where the service takes no more calls at once, h2 keeps the call
+        // until it does; one that is lost meanwhile is taken for sent, which is the safe side.
         let mut sender = self.sender.clone().ready().await.map_err(unsent)?;
         let (response, mut body) = sender.send_request(head, false).map_err(unsent)?;
         self.expect(call.message.len() as u64, call.limit);
@@ -146,8 +148,9 @@ fn head(call: &Unary) -> Result<Request<()>, CallFailure> {
     headers.insert("te", HeaderValue::from_static("trailers"));
     headers.insert("content-type", HeaderValue::from_static("application/grpc"));
     headers.insert("user-agent", HeaderValue::from_static("dispatcher"));
-    if let Some(timeout) = call.timeout
-        && let Ok(timeout) = HeaderValue::try_from(grpc_timeout(timeout))
+    let left = call.end_by.map(|end| end.saturating_duration_since(Instant::now()));
+    if let Some(left) = left
+        && let Ok(timeout) = HeaderValue::try_from(grpc_timeout(left))
     {
         headers.insert("grpc-timeout", timeout);
     }
@@ -343,6 +346,22 @@ mod tests {
         ] {
             assert_eq!(grpc_timeout(timeout), text);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_is_told_what_is_left_when_it_is_called() {
+        let mut call = Unary {
+            service: "a.B".into(),
+            method: "C".into(),
+            message: Bytes::new(),
+            metadata: HeaderMap::new(),
+            end_by: Some(Instant::now() + Duration::from_secs(3)),
+            limit: 0,
+        };
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!(head(&call).unwrap().headers()["grpc-timeout"], "1000000u");
+        call.end_by = None;
+        assert!(!head(&call).unwrap().headers().contains_key("grpc-timeout"));
     }
 
     fn whole(pieces: &[&[u8]], limit: u64) -> Result<Option<Bytes>, CallFailure> {
