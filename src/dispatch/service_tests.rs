@@ -1,5 +1,7 @@
 //! Which instance gets which call, against the fake launcher and a server of frames.
 
+mod lost;
+
 use std::{
     os::unix::net::UnixStream as StdStream,
     sync::atomic::{AtomicU32, Ordering},
@@ -28,8 +30,8 @@ use crate::{
     testing,
 };
 
-/// Answers every call with a message, but those of `Hang`; `Goodbye` ends the connection in
-/// good order.
+/// Answers every call with a message, but those of `Hang`, and those of `Nap` after a moment;
+/// `Goodbye` ends the connection in good order, and `Drop` at once.
 fn answerer(calls: Arc<AtomicU32>) -> Answerer {
     let runtime = tokio::runtime::Handle::current();
     Arc::new(move |stream: StdStream| {
@@ -40,6 +42,10 @@ fn answerer(calls: Arc<AtomicU32>) -> Answerer {
         runtime.spawn(async move {
             let Ok(mut connection) = h2::server::handshake(stream).await else { return };
             while let Some(Ok((request, respond))) = connection.accept().await {
+                if request.uri().path().ends_with("/Drop") {
+                    calls.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
                 if request.uri().path().ends_with("/Goodbye") {
                     // It takes no more on this connection, and finishes what it has.
                     connection.graceful_shutdown();
@@ -67,6 +73,9 @@ async fn answer(
         // Until it is reset.
         let _ = std::future::poll_fn(|context| respond.poll_reset(context)).await;
         return;
+    }
+    if path.ends_with("/Nap") {
+        tokio::time::sleep(Duration::from_millis(40)).await;
     }
     let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
     let message = BytesMut::from(&b"\0\0\0\0\x02hi"[..]).freeze();
@@ -116,7 +125,24 @@ fn inline() -> Call {
     Call { source: Source::Inline(sample(None).into()), ..testing::call() }
 }
 
+/// A call of this method.
+fn of(method: &str) -> Call {
+    Call { method: method.parse().unwrap(), ..inline() }
+}
+
+/// One that asks for a process of its own.
+fn with_args(method: &str, word: &str) -> Call {
+    Call { args: vec![word.into()], ..of(method) }
+}
+
 impl Bench {
+    /// Returns when services have got so many calls.
+    async fn got(&self, calls: u32) {
+        while self.calls.load(Ordering::Relaxed) < calls {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     async fn call(&self, call: Call) -> Reply {
         let handle = StopHandle::new();
         let stop = StopSignal::of(&handle);

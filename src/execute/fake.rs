@@ -5,7 +5,7 @@
 //! program (without any isolation).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{Read as _, Write as _},
     os::{
@@ -50,6 +50,8 @@ pub(crate) enum Behaviour {
     Run,
     /// Is a service, and ends only when stopped: gets our end of each connection to it.
     Serve(Answerer),
+    /// The same, and what is to be seen of it is never told.
+    ServeUnseen(Answerer),
 }
 
 /// Who answers on a connection.
@@ -57,8 +59,8 @@ pub(crate) type Answerer = Arc<dyn Fn(UnixStream) + Send + Sync>;
 
 /// The fake's end of the conversation.
 pub(crate) struct FakeLauncher {
-    launches: mpsc::Receiver<Launched>,
-    stops: mpsc::Receiver<(RunId, StopCause)>,
+    launches: Mutex<mpsc::Receiver<Launched>>,
+    stops: Mutex<mpsc::Receiver<(RunId, StopCause)>>,
     socket: Arc<OwnedFd>,
 }
 
@@ -86,27 +88,36 @@ impl FakeLauncher {
         let serving = Arc::clone(&socket);
         tell(&socket, &FromLauncher::Ready { policy_set });
         thread::spawn(move || serve(&serving, &launch_sender, &stop_sender, behave));
-        Self { launches, stops, socket }
+        Self { launches: Mutex::new(launches), stops: Mutex::new(stops), socket }
     }
 
     /// The next launch it got.
     pub(crate) fn launched(&self) -> Launched {
-        self.launches.recv_timeout(Duration::from_secs(10)).expect("a launch")
+        let launches = self.launches.lock().unwrap();
+        launches.recv_timeout(Duration::from_secs(10)).expect("a launch")
     }
 
     /// The next stop it was sent.
     pub(crate) fn stopped(&self) -> (RunId, StopCause) {
-        self.stops.recv_timeout(Duration::from_secs(10)).expect("a stop")
+        let stops = self.stops.lock().unwrap();
+        stops.recv_timeout(Duration::from_secs(10)).expect("a stop")
     }
 
     /// Whether there was a launch that [`Self::launched`] has not returned yet.
     pub(crate) fn was_asked(&self) -> bool {
-        self.launches.try_recv().is_ok()
+        self.launches.lock().unwrap().try_recv().is_ok()
     }
 
     /// Says that a run ended, whatever its behaviour.
     pub(crate) fn end(&self, run: RunId, end: End) {
         tell(&self.socket, &FromLauncher::Ended { run, end: Box::new(end) });
+    }
+
+    /// Says so often what nobody asked for.
+    pub(crate) fn babble(&self, run: RunId, often: usize) {
+        for _ in 0..often {
+            tell(&self.socket, &FromLauncher::Seen { run, sight: None });
+        }
     }
 
     /// Announces other policies.
@@ -149,7 +160,7 @@ fn serve(
     behave: impl Fn(&Launch) -> Behaviour,
 ) {
     let stops: Arc<Mutex<HashMap<RunId, mpsc::Sender<StopCause>>>> = Arc::default();
-    let mut services = HashMap::new();
+    let (mut services, mut unseen) = (HashMap::new(), HashSet::new());
     let mut buffer = vec![0; MESSAGE_MAX];
     while let Ok(Some((length, descriptors))) = sys::receive_packet(socket, &mut buffer) {
         match postcard::from_bytes(&buffer[..length]).unwrap() {
@@ -161,8 +172,11 @@ fn serve(
             }
             FromServer::Launch(launch) => {
                 let behaviour = behave(&launch);
-                if let Behaviour::Serve(answerer) = &behaviour {
+                if let Behaviour::Serve(answerer) | Behaviour::ServeUnseen(answerer) = &behaviour {
                     services.insert(launch.run, Arc::clone(answerer));
+                }
+                if let Behaviour::ServeUnseen(_) = &behaviour {
+                    unseen.insert(launch.run);
                 }
                 let (sender, stop) = mpsc::channel();
                 stops.lock().unwrap().insert(launch.run, sender);
@@ -172,6 +186,7 @@ fn serve(
                 thread::spawn(move || perform(&socket, &launch, program, behaviour, &stop));
             }
             FromServer::Connect { run, to } => connect(socket, services.get(&run), run, to),
+            FromServer::Look { run } if unseen.contains(&run) => {}
             FromServer::Look { run } => {
                 let sight = services.contains_key(&run).then(|| {
                     let End { enforced, runtime, user, system, memory_peak, pids_peak, .. } =
@@ -226,7 +241,9 @@ fn perform(
             let _ = program.stderr.write_all(&stderr);
             *end
         }
-        Behaviour::Serve(_) => stopped(stop.recv().unwrap_or(StopCause::Cancelled)),
+        Behaviour::Serve(_) | Behaviour::ServeUnseen(_) => {
+            stopped(stop.recv().unwrap_or(StopCause::Cancelled))
+        }
         Behaviour::Wait => {
             let _ = program.stdout.write_all(b"begun");
             let patience = launch.timeout.unwrap_or(Duration::from_secs(60));

@@ -34,7 +34,7 @@ const POLICY_WAIT: Duration = Duration::from_secs(1);
 
 /// Messages about one run that may be waiting: of its start and end, and of a service
 /// what was asked about it.
-const RUN_MESSAGES: usize = 16;
+pub(super) const RUN_MESSAGES: usize = 16;
 
 /// A handle on whichever launcher is there; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -209,25 +209,42 @@ impl Launcher {
                 }
                 FromLauncher::Released { run } => drop(self.aside().remove(&run)),
                 FromLauncher::Started { run, .. } | FromLauncher::Seen { run, .. } => {
-                    connection.deliver(run, message, None);
+                    self.deliver(connection, run, message, None);
                 }
                 FromLauncher::Connected { run, .. } => {
-                    connection.deliver(run, message, fds.pop());
+                    self.deliver(connection, run, message, fds.pop());
                 }
                 FromLauncher::Refused { run, .. } => {
-                    connection.deliver(run, message, None);
+                    self.deliver(connection, run, message, None);
                     drop(self.aside().remove(&run));
                 }
                 FromLauncher::Ended { run, ref end } if end.quarantined => {
                     self.aside().insert(run, None);
-                    connection.deliver(run, message, None);
+                    self.deliver(connection, run, message, None);
                 }
                 FromLauncher::Ended { run, .. } => {
-                    connection.deliver(run, message, None);
+                    self.deliver(connection, run, message, None);
                     // It may have been given up, and ended after all.
                     drop(self.aside().remove(&run));
                 }
             }
+        }
+    }
+
+    /// Hands a message to its run. One of which more comes than was asked for is cut off: with
+    /// a message left out, it would take each later answer for another's.
+    fn deliver(
+        &self,
+        connection: &Connection,
+        run: RunId,
+        message: FromLauncher,
+        descriptor: Option<OwnedFd>,
+    ) {
+        if let Err(last) = connection.deliver(run, message, descriptor) {
+            error!(%run, "the launcher says more of the run than it was asked");
+            // It may live on: before it learns of this, what it was granted has its place.
+            self.aside().entry(run).or_default();
+            drop(last);
         }
     }
 }
@@ -262,15 +279,24 @@ impl Connection {
         self.socket.send(&bytes, descriptors).await
     }
 
-    fn deliver(&self, run: RunId, message: FromLauncher, descriptor: Option<OwnedFd>) {
-        let sender = self.runs().as_ref().and_then(|runs| runs.get(&run).cloned());
-        match sender {
-            Some(sender) => {
-                if sender.try_send((message, descriptor)).is_err() {
-                    warn!(%run, "a message about the run could not be delivered");
-                }
+    /// Where there is no room for it, the run gets no more: the last way to it is returned.
+    fn deliver(
+        &self,
+        run: RunId,
+        message: FromLauncher,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<(), mpsc::Sender<Word>> {
+        let mut runs = self.runs();
+        let Some(sender) = runs.as_ref().and_then(|runs| runs.get(&run)) else {
+            debug!(%run, "a message about a run that nobody waits for");
+            return Ok(());
+        };
+        match sender.try_send((message, descriptor)) {
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                runs.as_mut().and_then(|runs| runs.remove(&run)).map_or(Ok(()), Err)
             }
-            None => debug!(%run, "a message about a run that nobody waits for"),
+            // Or it is over, and hears nothing any more.
+            _ => Ok(()),
         }
     }
 
@@ -304,7 +330,8 @@ pub(super) struct Registration {
 }
 
 impl Registration {
-    /// The next message about this run; `None` when the launcher is gone.
+    /// The next message about this run; `None` when the launcher is gone, or as
+    /// [`Self::check_heard_out`] says.
     pub(super) async fn next(&mut self) -> Option<FromLauncher> {
         self.messages.recv().await.map(|(message, _)| message)
     }
@@ -312,6 +339,15 @@ impl Registration {
     /// The same, with the descriptor that came with it.
     pub(super) async fn next_with_descriptor(&mut self) -> Option<Word> {
         self.messages.recv().await
+    }
+
+    /// Tells a launcher that is gone from one that says too much: that run has to be ended,
+    /// which dropping this does, and may live for a while.
+    pub(super) fn check_heard_out(&self) -> Result<(), ExecuteError> {
+        match *self.connection.runs() {
+            Some(_) => Err(ExecuteError::Stuck("keep to what it was asked")),
+            None => Ok(()),
+        }
     }
 
     /// Which run.

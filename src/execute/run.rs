@@ -249,6 +249,7 @@ async fn watch(
         let cause = tokio::select! {
             message = registration.next() => match message {
                 None => {
+                    registration.check_heard_out()?;
                     registration.alive = false;
                     let started = started.ok_or(ExecuteError::LauncherLost)?;
                     return Ok(Ended { end: None, started });

@@ -2,7 +2,9 @@
 //!
 //! It is launched like any other, and one task follows it to its end. Who has a
 //! [`Service`] can connect to it, look at it, freeze and stop it; when the last one who
-//! has it lets go, it is stopped.
+//! has it lets go, it is stopped. The first two are questions, and the launcher is asked no
+//! more of them at once than there is room for its answers; the others are wishes, of which
+//! the newest counts, and wait for no question.
 
 use std::{
     collections::VecDeque,
@@ -24,7 +26,7 @@ use tracing::debug;
 use super::{
     ExecuteError, Invocation, Outcome,
     capture::Tail,
-    launcher::{Kept, Launcher, Registration},
+    launcher::{Kept, Launcher, RUN_MESSAGES, Registration},
     outcome::{self, Captured},
     run::{ANSWER_WAIT, OUTPUT_WAIT, Plan, before, launch, prepare},
     stop::until,
@@ -37,8 +39,12 @@ use crate::{
     units::Limit,
 };
 
-/// Requests to one service's task that may be waiting.
+/// Questions to one service's task that may be waiting.
 const REQUESTS_MAX: usize = 32;
+
+/// Questions that the launcher may owe an answer to: beside these there is room for what it
+/// says by itself, of the start and of the end.
+const OWED_MAX: usize = RUN_MESSAGES - 4;
 
 /// Most bytes of a service's log that are kept, whatever the policy's limit.
 const LOG_MAX: u64 = 1 << 20;
@@ -53,6 +59,7 @@ const READ_PAUSE: Duration = Duration::from_millis(4);
 pub struct Service {
     run: RunId,
     requests: mpsc::Sender<Request>,
+    wanted: watch::Sender<Wanted>,
     start: watch::Receiver<bool>,
     end: watch::Receiver<Option<Arc<Ended>>>,
     log: Arc<Mutex<Log>>,
@@ -66,8 +73,13 @@ pub struct Ended(pub Result<Outcome, ExecuteError>);
 enum Request {
     Connect(ServiceSocket, oneshot::Sender<io::Result<OwnedFd>>),
     Look(oneshot::Sender<Option<Sight>>),
-    Freeze(bool),
-    Stop,
+}
+
+/// What is to become of it, by the last word of whoever has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    frozen: bool,
+    stopped: bool,
 }
 
 impl Service {
@@ -100,22 +112,13 @@ impl Service {
     /// Keeps it from using processor time, or lets it go on: where the host can. What is
     /// asked of it afterwards comes after that.
     pub fn freeze(&self, frozen: bool) {
-        self.ask(Request::Freeze(frozen));
+        self.wanted
+            .send_if_modified(|wanted| std::mem::replace(&mut wanted.frozen, frozen) != frozen);
     }
 
     /// Ends it. [`Self::ended`] tells when it is gone.
     pub fn stop(&self) {
-        self.ask(Request::Stop);
-    }
-
-    /// Asks what is not answered; nothing of one that has ended.
-    fn ask(&self, request: Request) {
-        if let Err(mpsc::error::TrySendError::Full(request)) = self.requests.try_send(request) {
-            let requests = self.requests.clone();
-            tokio::spawn(async move {
-                let _ = requests.send(request).await;
-            });
-        }
+        self.wanted.send_if_modified(|wanted| !std::mem::replace(&mut wanted.stopped, true));
     }
 
     /// Returns when the program was told to start, or never will be. Cancel-safe.
@@ -203,11 +206,15 @@ impl Launcher {
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let (ended, end) = watch::channel(None);
         let (begun, start) = watch::channel(false);
-        let service = Service { run, requests, start, end, log: Arc::clone(&log) };
+        let (wanted, wants) = watch::channel(Wanted::default());
+        let service = Service { run, requests, wanted, start, end, log: Arc::clone(&log) };
         let follow = Follow {
             launcher: self.clone(),
             registration,
             asked,
+            wants,
+            frozen: false,
+            stopped: false,
             connects: VecDeque::new(),
             looks: VecDeque::new(),
             started: None,
@@ -244,6 +251,10 @@ struct Follow {
     launcher: Launcher,
     registration: Registration,
     asked: mpsc::Receiver<Request>,
+    wants: watch::Receiver<Wanted>,
+    /// As the launcher was told.
+    frozen: bool,
+    stopped: bool,
     /// Who waits for an answer; they come in the order of the questions.
     connects: VecDeque<oneshot::Sender<io::Result<OwnedFd>>>,
     looks: VecDeque<oneshot::Sender<Option<Sight>>>,
@@ -278,11 +289,12 @@ fn of_many_calls(end: End) -> End {
 
 impl Follow {
     async fn until_it_ends(mut self) -> Result<Followed, ExecuteError> {
-        let mut stopped = false;
         loop {
+            let may_ask = !self.stopped && self.connects.len() + self.looks.len() < OWED_MAX;
             tokio::select! {
                 word = self.registration.next_with_descriptor() => {
                     let Some((message, descriptor)) = word else {
+                        self.registration.check_heard_out()?;
                         self.registration.alive = false;
                         let started = self.started.ok_or(ExecuteError::LauncherLost)?;
                         return Ok(Followed { end: None, started });
@@ -290,7 +302,7 @@ impl Follow {
                     match message {
                         FromLauncher::Refused { refusal, .. } => {
                             self.registration.alive = false;
-                            return Err(match stopped {
+                            return Err(match self.stopped {
                                 true => ExecuteError::Stopped(StopCause::Cancelled),
                                 false => ExecuteError::Refused(refusal),
                             });
@@ -303,7 +315,7 @@ impl Follow {
                         FromLauncher::Started { at, .. } => {
                             self.started = Some(at);
                             self.begun.send_replace(true);
-                            if !stopped {
+                            if !self.stopped {
                                 self.answer_by = None;
                             }
                         }
@@ -326,20 +338,50 @@ impl Follow {
                     return Err(ExecuteError::Stuck(owed));
                 }
                 // Nobody has it any more: that is a stop as well.
-                request = self.asked.recv(), if !stopped => match request {
-                    Some(Request::Connect(to, answer)) => self.connect(to, answer).await,
-                    Some(Request::Look(answer)) => self.look(answer).await,
-                    Some(Request::Freeze(frozen)) => {
-                        let run = self.registration.run();
-                        self.tell(&FromServer::Freeze { run, frozen }).await;
+                changed = self.wants.changed(), if !self.stopped => {
+                    if changed.is_err() || self.heed().await {
+                        self.stop().await;
                     }
-                    Some(Request::Stop) | None => {
-                        stopped = true;
-                        self.answer_by = Some(Instant::now() + ANSWER_WAIT);
-                        self.registration.stop(StopCause::Cancelled).await;
-                        self.asked.close();
-                    }
+                }
+                request = self.asked.recv(), if may_ask => match request {
+                    Some(request) if !self.heed().await => self.ask(request).await,
+                    _ => self.stop().await,
                 },
+            }
+        }
+    }
+
+    /// Tells what is wanted by now, before anything that was asked later; whether that is its
+    /// end.
+    async fn heed(&mut self) -> bool {
+        let Wanted { frozen, stopped } = *self.wants.borrow_and_update();
+        if frozen != self.frozen && !stopped {
+            self.frozen = frozen;
+            let run = self.registration.run();
+            self.tell(&FromServer::Freeze { run, frozen }).await;
+        }
+        stopped
+    }
+
+    /// Ends it. Who still asks learns that there is nothing to ask any more.
+    async fn stop(&mut self) {
+        self.stopped = true;
+        self.answer_by = Some(Instant::now() + ANSWER_WAIT);
+        self.registration.stop(StopCause::Cancelled).await;
+        self.asked.close();
+        while self.asked.try_recv().is_ok() {}
+    }
+
+    async fn ask(&mut self, request: Request) {
+        let run = self.registration.run();
+        match request {
+            Request::Connect(to, answer) => {
+                self.connects.push_back(answer);
+                self.tell(&FromServer::Connect { run, to }).await;
+            }
+            Request::Look(answer) => {
+                self.looks.push_back(answer);
+                self.tell(&FromServer::Look { run }).await;
             }
         }
     }
@@ -354,18 +396,6 @@ impl Follow {
         if let Some(asking) = self.connects.pop_front() {
             let _ = asking.send(connected);
         }
-    }
-
-    async fn connect(&mut self, to: ServiceSocket, answer: oneshot::Sender<io::Result<OwnedFd>>) {
-        self.connects.push_back(answer);
-        let run = self.registration.run();
-        self.tell(&FromServer::Connect { run, to }).await;
-    }
-
-    async fn look(&mut self, answer: oneshot::Sender<Option<Sight>>) {
-        self.looks.push_back(answer);
-        let run = self.registration.run();
-        self.tell(&FromServer::Look { run }).await;
     }
 
     /// A launcher that can't be told has died, which ends the run as well.

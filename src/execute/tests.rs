@@ -223,3 +223,23 @@ async fn a_launcher_that_hangs_is_not_waited_for_and_its_run_stays_counted() {
         tokio::task::yield_now().await;
     }
 }
+
+/// What is left out could be the word of its end.
+#[tokio::test]
+async fn a_run_of_which_more_is_said_than_was_asked_is_ended_and_stays_counted() {
+    let (launcher, fake) = fake(|| Behaviour::Wait);
+    let (sink, mut chunks) = tokio::sync::mpsc::channel(1);
+    let client = launcher.clone();
+    let run = tokio::spawn(async move { client.execute(invocation(), never(), Some(sink)).await });
+    chunks.recv().await.unwrap();
+    let id = fake.launched().launch.run;
+    fake.babble(id, 64);
+    let ended = tokio::time::timeout(Duration::from_secs(5), run).await.expect("it ends");
+    let error = ended.unwrap().unwrap_err();
+    assert!(matches!(error, ExecuteError::Stuck(_)), "{error}");
+    assert_eq!(fake.stopped(), (id, StopCause::Cancelled));
+    // Until it is known to be gone.
+    while launcher.quarantined() > 0 {
+        tokio::task::yield_now().await;
+    }
+}

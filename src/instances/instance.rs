@@ -63,6 +63,8 @@ pub(super) struct Instance {
     /// What is in force in it: asked for while the first call is under way.
     sight: OnceCell<Option<Sight>>,
     connection: tokio::sync::Mutex<Option<Connection>>,
+    /// Whether it lived when it was last looked at, and when that was begun.
+    life: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// There was none to be had.
     lost: AtomicBool,
     methods: Methods,
@@ -115,6 +117,7 @@ impl Instance {
             cpus: cpus.finite().map_or(1.0, |cpus| cpus.as_f64().min(1.0)),
             sight: OnceCell::new(),
             connection: tokio::sync::Mutex::new(Some(connection)),
+            life: tokio::sync::Mutex::default(),
             lost: AtomicBool::new(false),
             methods: Methods::default(),
         }
@@ -157,30 +160,54 @@ impl Instance {
             Err(NoAnswer::Unreached(why)) => return Err(why),
             Err(NoAnswer::Unanswered(
                 why @ (Unanswered::ConnectionLost(_) | Unanswered::BadAnswer(_)),
-            )) => self.perhaps_ended(why).await,
+            )) => self.perhaps_ended(why, end_by, stop).await,
             Err(NoAnswer::Unanswered(why)) => Exchange::Unanswered(why),
         })
     }
 
-    /// What became of a call whose answer is missing or none: the process's end says more.
-    pub(super) async fn perhaps_ended(&self, why: Unanswered) -> Exchange {
-        match self.end().await {
-            Some(ended) => Exchange::Ended(ended),
-            None => Exchange::Unanswered(why),
-        }
+    /// What became of a call whose answer is missing or none: the process's end says more,
+    /// where it comes while somebody waits for it.
+    pub(super) async fn perhaps_ended(
+        &self,
+        why: Unanswered,
+        end_by: Option<Instant>,
+        stop: &mut StopSignal,
+    ) -> Exchange {
+        let ended = tokio::select! {
+            biased;
+            ended = self.end() => ended,
+            () = stop.stopped() => None,
+            () = until(end_by) => None,
+        };
+        ended.map_or(Exchange::Unanswered(why), Exchange::Ended)
     }
 
     /// Its end, which comes by another way than that of its connection, and may come later;
-    /// nothing where it lives on.
+    /// nothing where it lives on, or nothing is to be learnt of it.
     async fn end(&self) -> Option<Arc<Ended>> {
         if let Ok(ended) = timeout(END_WAIT, self.service.ended()).await {
             return Some(ended);
         }
-        match self.service.look().await {
-            Some(_) => None,
+        match timeout(LOOK_WAIT, self.lives()).await {
+            Ok(true) | Err(_) => None,
             // It is going: what is left of it may take a while.
-            None => timeout(GONE_WAIT, self.service.ended()).await.ok(),
+            Ok(false) => timeout(GONE_WAIT, self.service.ended()).await.ok(),
         }
+    }
+
+    /// Whether it lives, by one look for all who want to know at once.
+    async fn lives(&self) -> bool {
+        let wanted = Instant::now();
+        let mut life = self.life.lock().await;
+        if let Some((begun, lives)) = *life
+            && begun >= wanted
+        {
+            return lives;
+        }
+        let begun = Instant::now();
+        let lives = self.service.look().await.is_some();
+        *life = Some((begun, lives));
+        lives
     }
 
     async fn call(&self, call: &Unary) -> Result<Answered, NoAnswer> {

@@ -339,7 +339,8 @@ impl Instances {
                     continue;
                 }
                 Err(Unreached(why)) => {
-                    lease.instance().perhaps_ended(Unanswered::ConnectionLost(why)).await
+                    let why = Unanswered::ConnectionLost(why);
+                    lease.instance().perhaps_ended(why, end_by, &mut stop).await
                 }
             };
             // Where our clock and the service's were apart.

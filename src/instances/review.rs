@@ -157,7 +157,7 @@ async fn is_quiet(service: &Service, most: f64) -> bool {
 }
 
 async fn used(service: &Service) -> Option<Duration> {
-    let sight = service.look().await?;
+    let sight = timeout(GRACE, service.look()).await.ok()??;
     // Nothing at all is what is seen where nothing can be: no program starts for nothing.
     Some(sight.user + sight.system).filter(|used| !used.is_zero())
 }
