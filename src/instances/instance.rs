@@ -141,10 +141,10 @@ impl Instance {
         call: &Unary,
         stop: &mut StopSignal,
     ) -> Result<Exchange, Unreached> {
+        let (begun, end_by) = (Instant::now(), call.end_by);
         let called = tokio::select! {
             biased;
             called = self.call(call) => called,
-        let (begun, end_by) = (Instant::now(), call.end_by);
             () = stop.stopped() => Err(Unanswered::Cancelled.into()),
             () = until(end_by) => Err(Unanswered::TimedOut.into()),
         };
@@ -222,7 +222,7 @@ impl Instance {
             }
             match connection.unary(call).await {
                 Ok(Answer { status, message }) => {
-                    let output = method.map(|method| method.output);
+                    let output = method.map(|method| method.output.into_string());
                     return Ok(Answered { status, message, output });
                 }
                 // It was closing the connection as we came: no harm in coming again.

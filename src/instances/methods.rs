@@ -2,10 +2,14 @@
 //!
 //! It is asked once for each service, beside the calls: they wait for the answer a little
 //! while the first time, and never again. A service that doesn't answer is called all the same.
+//! What it tells is kept as long as it lives, and counts as nobody's memory: so it is little.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +20,7 @@ use tokio::{
 
 use crate::protocol::grpc::{
     connection::Connection,
-    reflection::{self, Method},
+    reflection::{self, KEPT_MAX, Method},
 };
 
 /// How long calls wait for it, from when it was first asked; a quarter of a call's own time
@@ -33,13 +37,15 @@ const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// Connections that may be lost under the question before it waits as long.
 const LOST_MAX: u32 = 1;
 
-/// Services of one instance whose methods are remembered.
-const SERVICES_MAX: usize = 64;
+/// Services of one instance that it is asked about.
+const SERVICES_MAX: usize = 16;
 
 /// What is known of an instance's methods.
 #[derive(Debug, Default)]
 pub(super) struct Methods {
     services: Mutex<HashMap<String, Arc<Told>>>,
+    /// Bytes that all of it takes.
+    kept: Arc<AtomicUsize>,
 }
 
 /// What is known of a service's methods, for all who want to know.
@@ -64,16 +70,17 @@ impl Methods {
         method: &str,
         time: Option<Duration>,
     ) -> Option<Method> {
-        let told = self.of(service);
+        let told = self.of(service, Instant::now)?;
         let choose = |known: &Known| {
             let methods = known.methods.as_ref()?.as_ref()?;
-            methods.iter().find(|it| it.name == method).cloned()
+            methods.iter().find(|it| *it.name == *method).cloned()
         };
         if told.borrow().methods.is_some() {
             return choose(&told.borrow());
         }
         if told.send_if_modified(|known| known.begin_asking(Instant::now())) {
-            ask(Arc::clone(&told), connection.clone(), service.to_owned());
+            let (told, kept) = (Arc::clone(&told), Arc::clone(&self.kept));
+            ask(told, kept, connection.clone(), service.to_owned(), method.to_owned());
         }
         let mut known = told.subscribe();
         let wait = time.map_or(CALLS_WAIT, |time| CALLS_WAIT.min(time / CALLS_SHARE));
@@ -83,16 +90,22 @@ impl Methods {
         settled.ok()?.ok().and_then(|known| choose(&known))
     }
 
-    fn of(&self, service: &str) -> Arc<Told> {
+    /// Nothing of a service that there is no place for.
+    fn of(&self, service: &str, now: impl FnOnce() -> Instant) -> Option<Arc<Told>> {
         let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(told) = services.get(service) {
-            return Arc::clone(told);
+            return Some(Arc::clone(told));
+        }
+        if services.len() >= SERVICES_MAX {
+            let now = now();
+            let mut told = services.iter();
+            let (useless, _) = told.find(|(_, told)| told.borrow().is_useless(now))?;
+            let useless = useless.clone();
+            services.remove(&useless);
         }
         let told = Arc::new(Told::new(Known::default()));
-        if services.len() < SERVICES_MAX {
-            services.insert(service.to_owned(), Arc::clone(&told));
-        }
-        told
+        services.insert(service.to_owned(), Arc::clone(&told));
+        Some(told)
     }
 }
 
@@ -109,6 +122,13 @@ impl Known {
         true
     }
 
+    /// Whether nothing came of asking: another may take its place, though not so soon that
+    /// calls of many could have it asked with each of them.
+    fn is_useless(&self, now: Instant) -> bool {
+        let told = self.methods.as_ref().is_some_and(Option::is_some);
+        !told && !self.asking && self.last_asked.is_none_or(|last| last + ASK_AGAIN <= now)
+    }
+
     /// The connection was closed under the question: that may have been in good order.
     fn lose(&mut self) {
         self.lost += 1;
@@ -119,18 +139,35 @@ impl Known {
 }
 
 /// Asks, whatever becomes of the call that was the first to want to know.
-fn ask(told: Arc<Told>, connection: Connection, service: String) {
+fn ask(
+    told: Arc<Told>,
+    kept: Arc<AtomicUsize>,
+    connection: Connection,
+    service: String,
+    method: String,
+) {
     tokio::spawn(async move {
-        let answer = timeout(ANSWER_WAIT, reflection::methods(&connection, &service)).await;
+        let asked = reflection::methods(&connection, &service, &method);
+        let answer = timeout(ANSWER_WAIT, asked).await;
         told.send_modify(|known| {
             known.asking = false;
             match answer {
-                Ok(Ok(methods)) => known.methods = Some(methods.map(Arc::from)),
+                Ok(Ok(methods)) => known.methods = Some(methods.map(|all| fitting(&kept, all))),
                 Ok(Err(_)) => known.lose(),
                 Err(_) => {}
             }
         });
     });
+}
+
+/// The first of them, as many as the instance has room for beside what is kept already.
+fn fitting(kept: &AtomicUsize, mut methods: Vec<Method>) -> Arc<[Method]> {
+    let fits = methods.iter().position(|method| {
+        let more = |kept: usize| Some(kept + method.size()).filter(|kept| *kept <= KEPT_MAX);
+        kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_err()
+    });
+    methods.truncate(fits.unwrap_or(methods.len()));
+    Arc::from(methods)
 }
 
 #[cfg(test)]
@@ -149,6 +186,40 @@ mod tests {
         known.asking = false;
         known.methods = Some(None);
         assert!(!known.begin_asking(now + 10 * ASK_AGAIN), "it has answered");
+    }
+
+    #[test]
+    fn all_that_is_kept_of_an_instance_has_one_bound() {
+        let kept = AtomicUsize::new(0);
+        let method =
+            || Method { name: "M".repeat(500).into(), output: "a.R".into(), streaming: false };
+        let size = method().size();
+        let told: Vec<_> = (0..SERVICES_MAX)
+            .map(|_| fitting(&kept, (0..KEPT_MAX / size / 2).map(|_| method()).collect()).len())
+            .collect();
+        assert_eq!(told[0], KEPT_MAX / size / 2);
+        assert_eq!(told.iter().sum::<usize>(), KEPT_MAX / size, "{told:?}");
+        assert!(kept.into_inner() <= KEPT_MAX);
+    }
+
+    #[test]
+    fn no_more_services_are_asked_about_than_there_are_places() {
+        let (methods, now) = (Methods::default(), Instant::now());
+        let of = |name: &str, now: Instant| methods.of(name, || now);
+        for number in 0..SERVICES_MAX {
+            let told = of(&number.to_string(), now).unwrap();
+            assert!(told.send_if_modified(|known| known.begin_asking(now)));
+        }
+        let later = now + ASK_AGAIN;
+        assert!(of("another", later).is_none(), "all are being asked");
+        of("3", now)
+            .unwrap()
+            .send_modify(|known| (known.asking, known.methods) = (false, Some(None)));
+        assert!(of("another", now).is_none(), "not so soon");
+        let another = of("another", later).expect("in place of one that doesn't tell");
+        assert!(another.send_if_modified(|known| known.begin_asking(later)));
+        assert!(of("3", now).is_none());
+        assert!(of("4", now).is_some());
     }
 
     #[test]
