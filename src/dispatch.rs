@@ -454,6 +454,10 @@ fn ask(
     artifact: Artifact,
     context: &Context,
 ) -> Ask {
+    let plain = terms.mode == policy.mode
+        && (call.limits.memory, call.limits.cpus) == (None, None)
+        && call.args.is_empty()
+        && call.env.is_empty();
     let shape = Shape {
         mode: terms.mode,
         memory: call.limits.memory,
@@ -469,6 +473,7 @@ fn ask(
         },
         recipe: Recipe {
             shape,
+            plain,
             policy_set,
             interpreter: artifact.kind.interpreter().map(str::to_owned),
             executable: artifact.memory,
@@ -478,8 +483,6 @@ fn ask(
             stderr_limit: policy.limits.stderr,
             patience: policy.admission.queue_timeout,
         },
-        service: call.service.clone(),
-        method: call.method.clone(),
         rules: policy.instances.clone(),
         pinned: policy.artifacts.digests.contains(&artifact.digest),
         call: Unary {

@@ -1,6 +1,8 @@
 //! Which instance gets which call, against the fake launcher and a server of frames.
 
+mod contention;
 mod lost;
+mod policies;
 
 use std::{
     os::unix::net::UnixStream as StdStream,

@@ -14,7 +14,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    Ask, Count, Key, NotServed, Recipe, Shape, Shared,
+    Count, Key, NotServed, Recipe, Shape, Shared,
     instance::Instance,
     lease::{How, Lease},
     members::{Failure, Member, NoLease, Standing, Starting, State},
@@ -24,7 +24,6 @@ use super::{
 use crate::{
     admission::AdmissionError,
     execute::stop::{StopSignal, until},
-    names::{MethodName, ServiceName},
     policy,
 };
 
@@ -43,8 +42,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Group {
     pub(super) key: Key,
     pub(super) rules: policy::Instances,
-    /// What tells which policy it would be under now.
-    pub(super) sample: (ServiceName, MethodName),
     /// `min` is kept.
     pub(super) pinned: bool,
     state: Mutex<State>,
@@ -52,15 +49,8 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub(super) fn new(ask: &Ask) -> Self {
-        Self {
-            key: ask.key.clone(),
-            rules: ask.rules.clone(),
-            sample: (ask.service.clone(), ask.method.clone()),
-            pinned: ask.pinned,
-            state: Mutex::default(),
-            changed: Notify::new(),
-        }
+    pub(super) fn new(key: Key, rules: policy::Instances, pinned: bool) -> Self {
+        Self { key, rules, pinned, state: Mutex::default(), changed: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -92,13 +82,14 @@ impl Group {
         loop {
             // Made before the look, so that nothing is missed between the two.
             let changed = self.changed.notified();
-            let end = match self.look(shared, recipe, &mut known, &mut place)? {
+            let (end, again) = match self.look(shared, recipe, &mut known, &mut place)? {
                 Found::Lease(lease) => return Ok(lease),
-                Found::Starting => starts_end,
-                Found::Queued => waits_end,
+                Found::Starting => (starts_end, None),
+                Found::Queued(again) => (waits_end, again),
             };
             tokio::select! {
                 () = changed => {}
+                () = until(again) => {}
                 () = stop.stopped() => {
                     return Err(NotServed::from(AdmissionError::Stopped).into());
                 }
@@ -134,9 +125,14 @@ impl Group {
             }
             return Ok(Found::Lease(Lease::new(self, shared, &member.instance)));
         }
-        // Failures of before it came are not its.
-        let known = *known.get_or_insert(state.failed);
-        if let Some(failure) = state.failure_since(known, shape) {
+        // Failures of before it came are not its, nor those of others beside one that lives and
+        // that it can wait for.
+        let living = state.has_living(shape);
+        let failed = state.failed;
+        let known = known.get_or_insert(failed);
+        if living {
+            *known = failed;
+        } else if let Some(failure) = state.failure_since(*known, shape) {
             return Err(failure.clone());
         }
         if place.is_none() {
@@ -144,20 +140,29 @@ impl Group {
             *place = Some(Place { group: Arc::clone(self), shape: shape.clone() });
         }
         let coming = state.count_coming(shape);
-        let waits = if coming > 0 { Found::Starting } else { Found::Queued };
+        let waits = |again| if coming > 0 { Found::Starting } else { Found::Queued(again) };
         let expected = coming.saturating_mul(self.rules.concurrency as usize);
         if state.count_waiting(shape) <= expected {
-            return Ok(waits);
+            return Ok(waits(None));
         }
-        if let Some(wait) = state.backing_off(Instant::now()) {
-            let helpless = coming == 0 && !state.has_living(shape);
-            return if helpless { Err(state.crash_loop(wait).into()) } else { Ok(waits) };
+        let now = Instant::now();
+        if let Some(wait) = state.backing_off(now) {
+            let helpless = coming == 0 && !living;
+            return match helpless {
+                true => Err(state.crash_loop(wait).into()),
+                false => Ok(waits(Some(now + wait))),
+            };
+        }
+        if living && let Some(wait) = state.resting(now) {
+            return Ok(waits(Some(now + wait)));
         }
         if state.members.len() + state.starting.len() >= self.rules.max as usize {
             state.make_room(shape);
-            return Ok(waits);
+            return Ok(waits(None));
         }
-        state.recipe = Some(recipe.clone());
+        if recipe.plain || state.recipe.as_ref().is_none_or(|kept| !kept.plain) {
+            state.recipe = Some(recipe.clone());
+        }
         self.start_one(shared, &mut state, recipe.clone(), Start::Called);
         Ok(Found::Starting)
     }
@@ -174,18 +179,23 @@ impl Group {
         start::begin(shared, self, recipe, why, starting);
     }
 
-    /// One that was being started is ready.
-    pub(super) fn started(&self, instance: Arc<Instance>, starting: &Arc<Starting>) {
+    /// One that was being started is ready. False where it was given up meanwhile: it is to be
+    /// ended.
+    pub(super) fn started(&self, instance: &Arc<Instance>, starting: &Arc<Starting>) -> bool {
         let mut state = self.state();
+        if starting.is_given_up() {
+            return false;
+        }
         state.no_longer_starting(starting);
         let shape = starting.shape.clone();
         state.members.push(Member {
-            instance,
+            instance: Arc::clone(instance),
             shape,
             standing: Standing::Ready,
             calls: 0,
             served: 0,
             abandoned: 0,
+            abandoned_since: None,
             overruns: 0,
             idle_since: Instant::now(),
             frozen: false,
@@ -195,6 +205,7 @@ impl Group {
         }
         drop(state);
         self.changed.notify_waiters();
+        true
     }
 
     /// One that was being started never will be.
@@ -212,6 +223,7 @@ impl Group {
         if matches!(what, NoLease::Failed(_)) {
             state.count_failure();
         }
+        state.rest();
         state.failed += 1;
         state.failure = Some(Failure { number: state.failed, shape, what });
         drop(state);
@@ -254,11 +266,12 @@ impl Group {
             How::Answered => member.overruns = 0,
             How::Done => {}
             How::Lost => member.standing = Standing::Retired,
-            How::Overrun => {
-                member.abandoned += 1;
-                member.overruns += 1;
-            }
-            How::Cancelled => member.abandoned += 1,
+            How::Overrun => member.overruns += 1,
+            How::Cancelled => {}
+        }
+        if matches!(how, How::Overrun | How::Cancelled) {
+            member.abandoned += 1;
+            member.abandoned_since.get_or_insert_with(Instant::now);
         }
         let worn = !self.rules.max_requests.allows(member.served.saturating_add(1));
         if worn || superseded || member.overruns >= OVERRUNS_MAX {
@@ -293,6 +306,7 @@ impl Group {
         if quiet && member.standing == Standing::Examined {
             member.standing = Standing::Ready;
             member.abandoned = 0;
+            member.abandoned_since = None;
         } else {
             member.retire();
         }
@@ -315,14 +329,18 @@ impl Group {
             return None;
         }
         let wanted = self.wanted();
-        let mut spare = state.count_ready().saturating_sub(wanted);
+        // Instances of other shapes, for calls that ask for something else, are spare.
+        let kept = state.recipe.as_ref().filter(|_| wanted > 0).map(|recipe| recipe.shape.clone());
+        let ready = kept.as_ref().map_or(0, |kept| state.count_ready(kept));
+        let mut spare = ready.saturating_sub(wanted);
         let mut next: Option<Instant> = None;
         let mut due = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
         for member in state.members.iter_mut().filter(|it| it.standing == Standing::Ready) {
             let idle_since = if member.calls > 0 { now } else { member.idle_since };
             let end = self.rules.idle_timeout.finite().map(|idle| idle_since + idle);
-            if end.is_some_and(|end| end <= now) && spare > 0 {
-                spare -= 1;
+            let is_kept = kept.as_ref() == Some(&member.shape);
+            if end.is_some_and(|end| end <= now) && (!is_kept || spare > 0) {
+                spare -= usize::from(is_kept);
                 member.retire();
                 continue;
             }
@@ -338,13 +356,15 @@ impl Group {
                 due(freeze);
             }
         }
-        let lacking = wanted.saturating_sub(state.count_ready() + state.starting.len());
-        if let (true, Some(recipe)) = (lacking > 0, &mut state.recipe) {
+        let full = state.members.len() + state.starting.len() >= self.rules.max as usize;
+        let there = kept.map_or(0, |kept| state.count_ready(&kept) + state.count_coming(&kept));
+        if let (true, Some(recipe)) = (there < wanted, &mut state.recipe) {
             // The policy is the same; the set that it is of may be another by now.
             recipe.policy_set = shared.policies.current().digest;
             let recipe = recipe.clone();
             match state.backing_off(now) {
                 Some(wait) => due(now + wait),
+                None if full => {}
                 None => self.start_one(shared, &mut state, recipe, Start::Kept),
             }
             due(now + review::LACKING_AGAIN);
@@ -356,8 +376,13 @@ impl Group {
     /// those that are kept.
     pub(super) fn idle_since(&self) -> Option<(bool, Instant)> {
         let state = self.state();
-        let kept = state.count_ready() <= self.wanted();
-        state.spare().map(|member| member.idle_since).min().map(|since| (kept, since))
+        state.spare().map(|member| (self.is_kept(&state, member), member.idle_since)).min()
+    }
+
+    /// Whether there would be less than `min` without it.
+    fn is_kept(&self, state: &State, member: &Member) -> bool {
+        let kept = state.recipe.as_ref().is_some_and(|recipe| recipe.shape == member.shape);
+        kept && state.count_ready(&member.shape) <= self.wanted()
     }
 
     /// How many are kept whether or not there are calls.
@@ -371,14 +396,15 @@ impl Group {
     }
 
     /// Gives one up that is being started and that nobody waits for any more.
-    pub(super) fn abandon_one(&self) -> bool {
+    pub(super) fn abandon_one(&self) -> Option<Arc<Starting>> {
         self.state().abandon_one()
     }
 
     /// Ends that one: others need its memory more.
     pub(super) fn evict(&self) -> Option<Arc<Instance>> {
         let mut state = self.state();
-        let longest = state.spare().min_by_key(|member| member.idle_since)?.instance.clone();
+        let last = |member: &&Member| (self.is_kept(&state, member), member.idle_since);
+        let longest = state.spare().min_by_key(last)?.instance.clone();
         let index = state.position(&longest)?;
         state.members[index].retire();
         Some(longest)
@@ -393,12 +419,31 @@ impl Group {
 
     /// Whether nothing is lost with it.
     pub(super) fn is_forgettable(self: &Arc<Self>, now: Instant) -> bool {
+        self.is_empty() && self.state().not_before.is_none_or(|at| at <= now)
+    }
+
+    /// Whether nothing is lost with it but how long the next start is off.
+    pub(super) fn is_empty(self: &Arc<Self>) -> bool {
         let state = self.state();
         let nobody =
             state.members.is_empty() && state.starting.is_empty() && state.waiting.is_empty();
         // Who is about to take a look holds it.
-        let held = Arc::strong_count(self) > 1;
-        nobody && !held && state.not_before.is_none_or(|at| at <= now)
+        nobody && Arc::strong_count(self) == 1
+    }
+
+    /// How many calls wait.
+    #[cfg(test)]
+    pub(super) fn count_waiting(&self) -> usize {
+        self.state().waiting.len()
+    }
+
+    /// As if its instances had ended again and again.
+    #[cfg(test)]
+    pub(super) fn back_off(&self) {
+        let mut state = self.state();
+        while state.backing_off(Instant::now()).is_none() {
+            state.count_failure();
+        }
     }
 
     /// How many instances it has, and starts.
@@ -422,8 +467,8 @@ enum Found {
     Lease(Lease),
     /// One that is being started will do.
     Starting,
-    /// There are as many as there may be.
-    Queued,
+    /// There are as many as there may be, at least until then.
+    Queued(Option<Instant>),
 }
 
 /// A waiting call's place.
@@ -440,6 +485,11 @@ impl Drop for Place {
         }
         if state.superseded {
             state.retire_idle();
+        }
+        // What this one waited for may be in the way of those who want another.
+        if state.waiting.iter().any(|other| *other != self.shape) {
+            drop(state);
+            self.group.changed.notify_waiters();
         }
     }
 }

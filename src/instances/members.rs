@@ -1,8 +1,17 @@
 //! What a group has: its instances, those that are being started, who waits, what failed.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use super::{NotServed, Recipe, Served, Shape, instance::Instance};
 use crate::policy;
@@ -13,6 +22,14 @@ const FAILURES_FREE: u32 = 2;
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
+/// After a start that failed, how long those wait that have another instance to wait for until
+/// one more is tried.
+const REST: Duration = Duration::from_secs(1);
+
+/// How long an instance gets calls beside one that was given up, of which it isn't known
+/// whether it is over: it is looked at once it has none.
+const ABANDONED_MAX: Duration = Duration::from_secs(3);
+
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) members: Vec<Member>,
@@ -20,7 +37,8 @@ pub(super) struct State {
     pub(super) starting: Vec<Arc<Starting>>,
     /// Shapes of calls that wait.
     pub(super) waiting: Vec<Shape>,
-    /// Of the newest call; what `min` is kept by.
+    /// What `min` is kept by: of the newest call that asks for nothing of the process, else
+    /// of the newest.
     pub(super) recipe: Option<Recipe>,
     pub(super) failure: Option<Failure>,
     /// Failures one after the other.
@@ -28,6 +46,8 @@ pub(super) struct State {
     /// How many there were in all.
     pub(super) failed: u64,
     pub(super) not_before: Option<Instant>,
+    /// Until when none is started beside those that live.
+    pub(super) rests_until: Option<Instant>,
     /// Its policy isn't in force any more.
     pub(super) superseded: bool,
 }
@@ -36,13 +56,31 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Starting {
     pub(super) shape: Shape,
-    /// It is given up: nobody waits for it, and others need its memory.
+    /// It is given up: nobody waits for it, and others need its memory. It has its place
+    /// until it is over.
+    given_up: AtomicBool,
     pub(super) abandoned: Notify,
+    over: watch::Sender<bool>,
 }
 
 impl Starting {
     pub(super) fn new(shape: &Shape) -> Arc<Self> {
-        Arc::new(Self { shape: shape.clone(), abandoned: Notify::new() })
+        Arc::new(Self {
+            shape: shape.clone(),
+            given_up: AtomicBool::new(false),
+            abandoned: Notify::new(),
+            over: watch::Sender::new(false),
+        })
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// Returns when it is ready, or nothing is left of it. Cancel-safe.
+    pub(super) async fn over(&self) {
+        // The sender lives in `self`.
+        let _ = self.over.subscribe().wait_for(|over| *over).await;
     }
 }
 
@@ -64,6 +102,7 @@ pub(super) struct Member {
     pub(super) served: u64,
     /// Calls that ended for us, and perhaps not for it.
     pub(super) abandoned: u32,
+    pub(super) abandoned_since: Option<Instant>,
     /// Of them, those one after the other.
     pub(super) overruns: u32,
     pub(super) idle_since: Instant,
@@ -102,11 +141,16 @@ impl Member {
         self.instance.service.stop();
     }
 
+    /// Calls that it may have under way.
+    fn taken(&self) -> u32 {
+        self.calls.saturating_add(self.abandoned)
+    }
+
     pub(super) fn has_room(&self, shape: &Shape, rules: &policy::Instances) -> bool {
-        let taken = self.calls.saturating_add(self.abandoned);
         self.standing == Standing::Ready
             && self.shape == *shape
-            && taken < rules.concurrency
+            && self.taken() < rules.concurrency
+            && self.abandoned_since.is_none_or(|since| since.elapsed() < ABANDONED_MAX)
             && rules.max_requests.allows(self.served.saturating_add(1))
             && !self.instance.service.is_ended()
     }
@@ -124,7 +168,7 @@ impl State {
         rules: &policy::Instances,
     ) -> Option<&mut Member> {
         let free = self.members.iter_mut().filter(|member| member.has_room(shape, rules));
-        free.min_by_key(|member| member.calls)
+        free.min_by_key(|member| member.taken())
     }
 
     /// The last failure, if it is of this shape and later than those.
@@ -159,30 +203,42 @@ impl State {
         NotServed::CrashLoop { last: last.unwrap_or_default(), retry_after }
     }
 
+    /// How long it is yet until another may be started beside those that live.
+    pub(super) fn resting(&self, now: Instant) -> Option<Duration> {
+        self.rests_until?.checked_duration_since(now).filter(|wait| !wait.is_zero())
+    }
+
+    pub(super) fn rest(&mut self) {
+        self.rests_until = Some(Instant::now() + REST);
+    }
+
     /// Ends an idle one of another shape, unless one is about to end; or else gives one up
     /// that is being started and that nobody waits for.
     pub(super) fn make_room(&mut self, shape: &Shape) {
-        let mut idle: Vec<_> = self.members.iter_mut().filter(|it| it.calls == 0).collect();
-        if idle.iter().any(|member| member.standing == Standing::Retired) {
+        let Self { members, waiting, starting, .. } = self;
+        let mut idle: Vec<_> = members.iter_mut().filter(|it| it.calls == 0).collect();
+        let ends = idle.iter().any(|member| member.standing == Standing::Retired);
+        if ends || starting.iter().any(|one| one.is_given_up()) {
             return;
         }
-        match idle.iter_mut().find(|member| member.shape != *shape) {
+        // One that was started for a call that has only to take it is not in the way: else two
+        // that want different ones could take turns in starting them, and neither be served.
+        let fresh = |member: &Member| member.served == 0 && waiting.contains(&member.shape);
+        match idle.iter_mut().find(|member| member.shape != *shape && !fresh(member)) {
             Some(other) => other.retire(),
             None => _ = self.abandon_one(),
         }
     }
 
-    /// Gives one up that is being started and that nobody waits for any more. Whether there
-    /// was one.
-    pub(super) fn abandon_one(&mut self) -> bool {
-        let Self { starting, waiting, .. } = self;
-        let unwanted = starting.iter().position(|one| !waiting.contains(&one.shape));
-        // It is told once.
-        let given_up = unwanted.map(|index| starting.swap_remove(index));
-        if let Some(one) = &given_up {
-            one.abandoned.notify_one();
-        }
-        given_up.is_some()
+    /// Gives one up that is being started and that nobody waits for any more, if there is one.
+    /// It is told once.
+    pub(super) fn abandon_one(&mut self) -> Option<Arc<Starting>> {
+        let unwanted =
+            |one: &&Arc<Starting>| !one.is_given_up() && !self.waiting.contains(&one.shape);
+        let one = self.starting.iter().find(unwanted)?;
+        one.given_up.store(true, Ordering::Relaxed);
+        one.abandoned.notify_one();
+        Some(Arc::clone(one))
     }
 
     /// No crash loop, or none any more.
@@ -196,23 +252,28 @@ impl State {
         self.idle().filter(|member| !self.waiting.contains(&member.shape))
     }
 
-    pub(super) fn count_ready(&self) -> usize {
-        self.members.iter().filter(|member| member.standing == Standing::Ready).count()
+    pub(super) fn count_ready(&self, shape: &Shape) -> usize {
+        let ready = |it: &&Member| it.standing == Standing::Ready && it.shape == *shape;
+        self.members.iter().filter(ready).count()
+    }
+
+    pub(super) fn count_starting(&self, shape: &Shape) -> usize {
+        self.starting.iter().filter(|one| one.shape == *shape && !one.is_given_up()).count()
     }
 
     /// Instances that will soon be ready: those that are being started, and those that are
     /// looked at and may well be of use.
     pub(super) fn count_coming(&self, shape: &Shape) -> usize {
-        let starting = self.starting.iter().filter(|other| other.shape == *shape).count();
         let examined = self
             .members
             .iter()
             .filter(|member| member.standing == Standing::Examined && member.shape == *shape);
-        starting + examined.count()
+        self.count_starting(shape) + examined.count()
     }
 
     pub(super) fn no_longer_starting(&mut self, starting: &Arc<Starting>) {
         self.starting.retain(|other| !Arc::ptr_eq(other, starting));
+        starting.over.send_replace(true);
     }
 
     /// Ends those without a call that nobody waits for.

@@ -45,7 +45,7 @@ use crate::{
     admission::{Admission, AdmissionError},
     execute::{ExecuteError, Executors, Invocation, Outcome, Verdict, stop::StopSignal},
     jail::plan::{Control, Mode, TemplateId},
-    names::{Digest, MethodName, Namespace, RunId, ServiceName},
+    names::{Digest, Namespace, RunId},
     policy::{self, store::PolicyStore},
     protocol::grpc::unary::{ServiceStatus, Unary},
     units::{Limit, MilliCpus, Span},
@@ -120,6 +120,8 @@ pub struct Recipe {
     /// Its size in bytes.
     pub executable_size: u64,
     /// For `#!` programs: the interpreter.
+    /// Whether that is what calls get that ask for nothing of the process.
+    pub plain: bool,
     pub interpreter: Option<String>,
     /// Bytes of memory that it may have.
     pub memory: Limit<u64>,
@@ -164,10 +166,6 @@ pub struct Ask {
     pub key: Key,
     /// How to start one.
     pub recipe: Recipe,
-    /// Which service, for telling whether its policy is still in force.
-    pub service: ServiceName,
-    /// Which method likewise.
-    pub method: MethodName,
     /// The policy's `[instances]`.
     pub rules: policy::Instances,
     /// Whether the policy names the digests that may run: then `min` are kept.
@@ -309,6 +307,12 @@ impl Instances {
 
     /// Serves one call: by an instance that is there, or by one that is started for it.
     ///
+    /// How many calls wait for one.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.all_groups().iter().map(|group| group.count_waiting()).sum()
+    }
+
     /// # Errors
     /// [`NotServed`]
     pub async fn serve(&self, ask: Ask) -> Result<Served, NotServed> {
@@ -366,7 +370,7 @@ impl Instances {
         if groups.len() >= GROUPS_MAX {
             return Err(NotServed::TooMany { retry_after: Duration::from_secs(1) });
         }
-        let group = Arc::new(Group::new(ask));
+        let group = Arc::new(Group::new(ask.key.clone(), ask.rules.clone(), ask.pinned));
         groups.insert(ask.key.clone(), Arc::clone(&group));
         if !self.shared.watched.swap(true, Ordering::Relaxed) {
             review::watch(&self.shared);

@@ -1,10 +1,10 @@
 //! What ends instances without a call: time, other policies, and others' need of memory.
 
-use std::{cmp::Reverse, collections::HashMap, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::{EVICTED_MAX, Shared, group::Group, instance::Instance};
+use super::{EVICTED_MAX, Shared, group::Group, instance::Instance, members::Starting};
 use crate::{
     execute::{ExecuteError, service::Service},
     names::Namespace,
@@ -36,22 +36,28 @@ pub(super) fn watch(shared: &Arc<Shared>) {
     let (admission, executors) = (shared.admission.clone(), shared.executors.clone());
     let news = Arc::clone(&shared.review);
     tokio::spawn(async move {
+        let mut makes_way: Option<Pin<Box<dyn Future<Output = bool> + Send>>> = None;
         loop {
             let Some(shared) = weak.upgrade() else { return };
             let next = review(&shared, Instant::now());
+            // Whatever the news: what was in use when the call began to wait may be idle now.
+            if makes_way.is_none() && admission.lacks_memory() {
+                makes_way = put_out(&shared).map(|leaving| Box::pin(leaving.gone()) as _);
+            }
             drop(shared);
             let latest = Instant::now() + LOOK_AGAIN;
-            let pressure = tokio::select! {
-                () = admission.pressure() => true,
-                () = news.notified() => false,
-                () = executors.renewed() => false,
-                () = sleep_until(next.map_or(latest, |next| next.min(latest))) => false,
-            };
-            if pressure
-                && admission.lacks_memory()
-                && let Some(shared) = weak.upgrade()
-            {
-                evict(&shared).await;
+            tokio::select! {
+                () = admission.pressure() => {}
+                () = news.notified() => {}
+                () = executors.renewed() => {}
+                () = sleep_until(next.map_or(latest, |next| next.min(latest))) => {}
+                // One after the other, and none but this waits for it.
+                _ = async {
+                    match &mut makes_way {
+                        Some(gone) => gone.await,
+                        None => std::future::pending().await,
+                    }
+                } => makes_way = None,
             }
         }
     });
@@ -69,23 +75,35 @@ fn review(shared: &Arc<Shared>, now: Instant) -> Option<Instant> {
     next
 }
 
-/// Whether its calls would be decided by the same policy now.
+/// Whether calls of its namespace may be decided by its policy now.
 fn is_in_force(policies: &PolicySet, group: &Group) -> bool {
-    let (service, method) = &group.sample;
-    let now = policies.choose(&group.key.namespace, service.as_str(), method.as_str());
-    now.is_some_and(|policy| {
-        (&policy.id, &policy.digest) == (&group.key.policy.0, &group.key.policy.1)
-    })
+    let (id, digest) = &group.key.policy;
+    policies.all_of(&group.key.namespace).any(|policy| (&policy.id, &policy.digest) == (id, digest))
+}
+
+/// What makes way for others.
+enum Leaving {
+    Start(Arc<Starting>),
+    Instance(Arc<Instance>),
+}
+
+impl Leaving {
+    /// Returns when it is gone, or false when it takes too long.
+    async fn gone(self) -> bool {
+        match self {
+            Self::Start(starting) => timeout(GONE_WAIT, starting.over()).await.is_ok(),
+            Self::Instance(instance) => timeout(GONE_WAIT, instance.service.ended()).await.is_ok(),
+        }
+    }
 }
 
 /// Ends an instance that is being started for nobody, or else the longest idle one of the
-/// namespace that has most, and waits until it is gone. False where there is none.
-pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
+/// namespace that has most. `None` where there is none.
+fn put_out(shared: &Arc<Shared>) -> Option<Leaving> {
     let groups = shared.all_groups();
     // What nobody waits for any more goes first, ready or not.
-    let released = shared.admission.released();
-    if groups.iter().any(|group| group.abandon_one()) {
-        return timeout(GONE_WAIT, released).await.is_ok();
+    if let Some(starting) = groups.iter().find_map(|group| group.abandon_one()) {
+        return Some(Leaving::Start(starting));
     }
     let mut of_namespaces: HashMap<&Namespace, usize> = HashMap::new();
     for group in &groups {
@@ -100,8 +118,15 @@ pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
             Some(((kept, most, since), group))
         })
         .min_by_key(|(order, _)| *order);
-    let Some(instance) = longest.and_then(|(_, group)| group.evict()) else { return false };
-    timeout(GONE_WAIT, instance.service.ended()).await.is_ok()
+    longest.and_then(|(_, group)| group.evict()).map(Leaving::Instance)
+}
+
+/// The same, and waits until it is gone. False where there is none.
+pub(super) async fn evict(shared: &Arc<Shared>) -> bool {
+    match put_out(shared) {
+        Some(leaving) => leaving.gone().await,
+        None => false,
+    }
 }
 
 /// Puts an idle instance out where something could not be started for want of room;

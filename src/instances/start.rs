@@ -73,7 +73,12 @@ pub(super) fn begin(
                 follow(&shared, &group, &instance);
                 let looked_at = Arc::clone(&instance);
                 tokio::spawn(async move { looked_at.in_force().await });
-                group.started(instance, &starting);
+                if !group.started(&instance, &starting) {
+                    instance.service.stop();
+                    let _ = timeout(STOP_WAIT, instance.service.ended()).await;
+                    return group.not_started(NotServed::NoRoom.into(), &starting, why);
+                }
+                // Once the group has it: it may have ended already, and would stay there.
                 shared.review.notify_one();
                 shared.room.notify_waiters();
             }

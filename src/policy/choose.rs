@@ -1,6 +1,6 @@
 //! Which policy a call goes by.
 
-use super::{Policy, PolicySet, glob::Glob};
+use super::{Policy, PolicyFamily, PolicySet, glob::Glob};
 use crate::names::Namespace;
 
 /// The policy of all namespaces that have none of their own.
@@ -14,10 +14,21 @@ impl PolicySet {
     /// Whether it allows the call is another question: see [`Policy::serves`].
     #[must_use]
     pub fn choose(&self, namespace: &Namespace, service: &str, method: &str) -> Option<&Policy> {
-        let family =
-            self.policies.get(namespace.as_str()).or_else(|| self.policies.get(DEFAULT))?;
+        let family = self.family(namespace)?;
         let overrides = family.overrides.iter().map(|(glob, policy)| (glob.as_str(), policy));
         Some(most_specific(overrides, service, method).unwrap_or(&family.base))
+    }
+
+    /// Every policy that [`Self::choose`] may choose for some call of the namespace.
+    pub fn all_of(&self, namespace: &Namespace) -> impl Iterator<Item = &Policy> {
+        self.family(namespace).into_iter().flat_map(|family| {
+            let overrides = family.overrides.iter().map(|(_, policy)| policy);
+            std::iter::once(&family.base).chain(overrides)
+        })
+    }
+
+    fn family(&self, namespace: &Namespace) -> Option<&PolicyFamily> {
+        self.policies.get(namespace.as_str()).or_else(|| self.policies.get(DEFAULT))
     }
 }
 
