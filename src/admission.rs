@@ -10,6 +10,7 @@
 mod bucket;
 pub mod budget;
 pub mod bytes;
+mod shares;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,7 @@ use crate::{
     units::{Limit, Size, Span},
 };
 use bucket::Bucket;
+pub use shares::{QueuedShare, Share};
 
 /// How often a run may be overtaken by ones that need less memory.
 pub const OVERTAKEN_MAX: u32 = 16;
@@ -149,6 +151,7 @@ struct State {
     memory: u64,
     waiting: usize,
     tenants: HashMap<Namespace, Tenant>,
+    shares: shares::Queue,
     /// Namespaces that have someone waiting, in the order of their turns.
     turns: VecDeque<Namespace>,
     next_id: u64,
@@ -170,6 +173,14 @@ struct Waiter {
     wake: oneshot::Sender<()>,
 }
 
+impl Waiter {
+    /// Whether memory is kept from it for a share that was overtaken too often.
+    fn is_kept_out(&self, shares: &shares::Queue) -> bool {
+        let overdue = (self.overtaken >= OVERTAKEN_MAX).then_some(self.id);
+        self.memory > 0 && shares.keep_out(overdue)
+    }
+}
+
 impl Admission {
     /// An admission with nothing running.
     #[must_use]
@@ -180,34 +191,11 @@ impl Admission {
             memory: 0,
             waiting: 0,
             tenants: HashMap::new(),
+            shares: shares::Queue::default(),
             turns: VecDeque::new(),
             next_id: 0,
         };
         Self { shared: Arc::new(Mutex::new(state)), news: Arc::default() }
-    }
-
-    /// Memory for what lives on between calls, if there is room for it now. Calls that were
-    /// overtaken as often as they may be come first.
-    ///
-    /// # Errors
-    /// [`AdmissionError::NeverFits`]; `None` for no room: see [`Self::released`].
-    pub fn share(&self, memory: Limit<u64>) -> Result<Option<Share>, AdmissionError> {
-        let mut state = self.state();
-        let memory = state.wanted(memory)?;
-        let mut firsts = state.tenants.values().filter_map(|tenant| tenant.waiting.front());
-        let kept = firsts.any(|first| first.overtaken >= OVERTAKEN_MAX);
-        if kept || state.memory.saturating_add(memory) > state.capacity.memory {
-            return Ok(None);
-        }
-        state.memory += memory;
-        // It overtakes whoever waits for memory, as a call does.
-        let (taken, capacity) = (state.memory, state.capacity.memory);
-        for first in state.tenants.values_mut().filter_map(|tenant| tenant.waiting.front_mut()) {
-            if taken.saturating_add(first.memory) > capacity {
-                first.overtaken += 1;
-            }
-        }
-        Ok(Some(Share { admission: self.clone(), memory }))
     }
 
     /// Returns when memory was given back after this was called.
@@ -229,7 +217,8 @@ impl Admission {
             && state.tenants.values().any(|tenant| {
                 tenant.waiting.front().is_some_and(|first| {
                     first.concurrency.allows(tenant.running.saturating_add(1))
-                        && state.memory.saturating_add(first.memory) > state.capacity.memory
+                        && (state.memory.saturating_add(first.memory) > state.capacity.memory
+                            || first.is_kept_out(&state.shares))
                 })
             })
     }
@@ -389,6 +378,7 @@ impl State {
     fn grant(&mut self) -> bool {
         let mut index = 0;
         let mut held_up = Vec::new();
+        let mut any_kept_out = false;
         while let Some(namespace) = self.turns.get(index).cloned() {
             let Some(tenant) = self.tenants.get_mut(&namespace) else {
                 self.turns.remove(index);
@@ -401,6 +391,9 @@ impl State {
             let room = self.capacity.runs.is_none_or(|runs| self.running < runs)
                 && self.memory.saturating_add(first.memory) <= self.capacity.memory;
             if !first.concurrency.allows(tenant.running.saturating_add(1)) {
+                index += 1;
+            } else if first.is_kept_out(&self.shares) {
+                any_kept_out = true;
                 index += 1;
             } else if !room {
                 if first.overtaken >= OVERTAKEN_MAX {
@@ -424,9 +417,12 @@ impl State {
                     self.turns.push_back(namespace);
                 }
                 self.count_overtaken(&held_up);
+                if memory > 0 {
+                    self.shares.count_overtaken(self.capacity.memory.saturating_sub(self.memory));
+                }
             }
         }
-        held_up.is_empty()
+        held_up.is_empty() && !any_kept_out
     }
 
     fn count_overtaken(&mut self, held_up: &[Namespace]) {
@@ -513,19 +509,5 @@ impl Permit {
         let memory = std::mem::take(&mut self.0.memory);
         warn!(namespace = %self.0.namespace, memory, "a run can't be removed yet; its memory stays counted");
         Share { admission: self.0.admission.clone(), memory }
-    }
-}
-
-/// Memory that is promised apart from a call that runs: to a service, or to what is left of
-/// a run in quarantine. Dropping it gives it back.
-#[derive(Debug)]
-pub struct Share {
-    admission: Admission,
-    memory: u64,
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        self.admission.give_back(|state| state.memory -= self.memory);
     }
 }

@@ -290,3 +290,70 @@ async fn strangers_namespaces_do_not_fill_the_memory() {
     assert!(caller.ask("one-more").await.is_ok());
     assert_eq!(admission.state().tenants.len(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_share_is_overtaken_by_calls_only_so_often() {
+    let admission = admission(None, 100);
+    let small = Caller::new(&admission, rules(99, 99)).memory(Limit::At(10));
+    let running = small.ask("busy").await.unwrap();
+    assert!(admission.share(Limit::At(100)).unwrap().is_none());
+    let queued = admission.queue_share(Limit::At(100)).unwrap();
+    for _ in 0..OVERTAKEN_MAX {
+        drop(small.ask("busy").await.unwrap());
+        assert!(admission.share_of(&queued).is_none());
+    }
+    let held_back = small.queue("busy").await;
+    settle().await;
+    assert!(!held_back.is_finished(), "room is kept now");
+    assert!(admission.lacks_memory());
+    assert!(admission.share(Limit::At(10)).unwrap().is_none(), "and for no other share either");
+    let none = Caller::new(&admission, rules(99, 99)).memory(Limit::At(0));
+    drop(none.ask("calls").await.unwrap());
+    drop(running);
+    let share = admission.share_of(&queued).expect("it is its turn");
+    drop(queued);
+    settle().await;
+    assert!(!held_back.is_finished());
+    drop(share);
+    granted(held_back).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_those_that_were_overtaken_too_often_the_eldest_comes_first() {
+    for call_first in [true, false] {
+        let admission = admission(None, 100);
+        let caller = |memory| Caller::new(&admission, rules(99, 99)).memory(Limit::At(memory));
+        let running = caller(10).ask("busy").await.unwrap();
+        let early = if call_first { Some(caller(100).queue("call").await) } else { None };
+        let queued = admission.queue_share(Limit::At(100)).unwrap();
+        let late = if call_first { None } else { Some(caller(100).queue("call").await) };
+        for _ in 0..OVERTAKEN_MAX {
+            drop(caller(10).ask("busy").await.unwrap());
+        }
+        drop(running);
+        settle().await;
+        let share = admission.share_of(&queued);
+        assert_eq!(share.is_none(), call_first);
+        let call = early.or(late).unwrap();
+        assert_eq!(call.is_finished(), call_first);
+        drop((share, queued));
+        drop(granted(call).await);
+        assert!(admission.share(Limit::At(100)).unwrap().is_some(), "nothing is left of it");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_share_no_more_keeps_nobody_out() {
+    let admission = admission(None, 100);
+    let small = Caller::new(&admission, rules(99, 99)).memory(Limit::At(10));
+    let _running = small.ask("busy").await.unwrap();
+    let queued = admission.queue_share(Limit::At(100)).unwrap();
+    for _ in 0..OVERTAKEN_MAX {
+        drop(small.ask("busy").await.unwrap());
+    }
+    let held_back = small.queue("busy").await;
+    let released = admission.released();
+    drop(queued);
+    granted(held_back).await;
+    released.await;
+}

@@ -21,6 +21,8 @@ mod members;
 mod methods;
 mod review;
 mod start;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -33,7 +35,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, Semaphore},
+    time::Instant,
+};
 
 use self::{
     group::Group,
@@ -74,6 +79,8 @@ struct Shared {
     admission: Admission,
     policies: Arc<PolicyStore>,
     groups: Mutex<HashMap<Key, Arc<Group>>>,
+    /// One for each process: those that are only waited for have none.
+    places: Arc<Semaphore>,
     /// Something may now end at another time than was thought.
     review: Arc<Notify>,
     /// An instance has become idle, which may make room for another.
@@ -113,6 +120,8 @@ pub struct Shape {
 pub struct Recipe {
     /// Which instances may take its place.
     pub shape: Shape,
+    /// Whether that is what calls get that ask for nothing of the process.
+    pub plain: bool,
     /// The policies by which it was decided.
     pub policy_set: Digest,
     /// The sealed executable.
@@ -120,8 +129,6 @@ pub struct Recipe {
     /// Its size in bytes.
     pub executable_size: u64,
     /// For `#!` programs: the interpreter.
-    /// Whether that is what calls get that ask for nothing of the process.
-    pub plain: bool,
     pub interpreter: Option<String>,
     /// Bytes of memory that it may have.
     pub memory: Limit<u64>,
@@ -286,6 +293,7 @@ impl Instances {
             admission,
             policies,
             groups: Mutex::default(),
+            places: Arc::new(Semaphore::new(INSTANCES_MAX)),
             review: Arc::default(),
             room: Notify::new(),
             watched: AtomicBool::new(false),
@@ -299,6 +307,12 @@ impl Instances {
         self.shared.count()
     }
 
+    /// How many calls wait for one.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.all_groups().iter().map(|group| group.count_waiting()).sum()
+    }
+
     /// Puts an idle instance out where something else could not be started for want of room;
     /// `evicted` counts them. Whether it is worth another try.
     pub async fn make_room_for(&self, error: &ExecuteError, evicted: &mut u32) -> bool {
@@ -307,12 +321,6 @@ impl Instances {
 
     /// Serves one call: by an instance that is there, or by one that is started for it.
     ///
-    /// How many calls wait for one.
-    #[cfg(test)]
-    pub(crate) fn waiting(&self) -> usize {
-        self.shared.all_groups().iter().map(|group| group.count_waiting()).sum()
-    }
-
     /// # Errors
     /// [`NotServed`]
     pub async fn serve(&self, ask: Ask) -> Result<Served, NotServed> {
@@ -365,7 +373,7 @@ impl Instances {
             return Ok(Arc::clone(group));
         }
         if groups.len() >= GROUPS_MAX {
-            groups.retain(|_, group| !group.is_forgettable(Instant::now()));
+            forget(&mut groups, Instant::now());
         }
         if groups.len() >= GROUPS_MAX {
             return Err(NotServed::TooMany { retry_after: Duration::from_secs(1) });
@@ -376,6 +384,24 @@ impl Instances {
             review::watch(&self.shared);
         }
         Ok(group)
+    }
+}
+
+/// Forgets groups that have nothing; where that is not enough, also those that only wait until
+/// their next start, of the namespace that has most of them: none can fill the table with what
+/// crashes.
+fn forget(groups: &mut HashMap<Key, Arc<Group>>, now: Instant) {
+    let before = groups.len();
+    groups.retain(|_, group| !group.is_forgettable(now));
+    if groups.len() < before {
+        return;
+    }
+    let mut empty: HashMap<Namespace, usize> = HashMap::new();
+    for (key, _) in groups.iter().filter(|(_, group)| group.is_empty()) {
+        *empty.entry(key.namespace.clone()).or_default() += 1;
+    }
+    if let Some((most, _)) = empty.into_iter().max_by_key(|(_, count)| *count) {
+        groups.retain(|key, group| key.namespace != most || !group.is_empty());
     }
 }
 

@@ -6,11 +6,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, sleep, timeout},
+};
 use tracing::{info, warn};
 
 use super::{
-    INSTANCES_MAX, NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
+    NotServed, Recipe, Served, Shared, Times, Unanswered, blank,
     group::Group,
     instance::{Instance, NoConnection, open},
     members::{NoLease, Starting},
@@ -70,15 +73,15 @@ pub(super) fn begin(
         match started {
             Ok(instance) => {
                 let instance = Arc::new(instance);
-                follow(&shared, &group, &instance);
-                let looked_at = Arc::clone(&instance);
-                tokio::spawn(async move { looked_at.in_force().await });
                 if !group.started(&instance, &starting) {
                     instance.service.stop();
                     let _ = timeout(STOP_WAIT, instance.service.ended()).await;
                     return group.not_started(NotServed::NoRoom.into(), &starting, why);
                 }
                 // Once the group has it: it may have ended already, and would stay there.
+                follow(&shared, &group, &instance);
+                let looked_at = Arc::clone(&instance);
+                tokio::spawn(async move { looked_at.in_force().await });
                 shared.review.notify_one();
                 shared.room.notify_waiters();
             }
@@ -116,7 +119,7 @@ async fn start(
     why: Start,
     starting: &Starting,
 ) -> Result<Instance, NoLease> {
-    let share = memory(shared, recipe, why, starting).await?;
+    let granted = grant(shared, recipe, why, starting).await?;
     if why == Start::Called && !group.is_waited_for(starting) {
         return Err(NotServed::NoRoom.into());
     }
@@ -128,7 +131,7 @@ async fn start(
     let executor = shared.executors.of(recipe.shape.mode);
     let invocation = recipe.invocation(&group.key, run);
     let service =
-        executor.start_service(invocation, Box::new(share)).await.map_err(NotServed::from)?;
+        executor.start_service(invocation, Box::new(granted)).await.map_err(NotServed::from)?;
     let within = group.rules.start_timeout.finite();
     let ready = tokio::select! {
         biased;
@@ -168,24 +171,41 @@ async fn start(
     }
 }
 
-/// Its memory; idle instances make room for it.
-async fn memory(
+/// What an instance has as long as anything of it is left: given back in this order, so that
+/// who hears of the memory finds the place.
+struct Granted {
+    _place: OwnedSemaphorePermit,
+    _share: Share,
+}
+
+/// Its place among all instances, and its memory; idle instances make room for it.
+async fn grant(
     shared: &Arc<Shared>,
     recipe: &Recipe,
     why: Start,
     starting: &Starting,
-) -> Result<Share, NotServed> {
+) -> Result<Granted, NotServed> {
     let begun = Instant::now();
     let patience = recipe.patience.finite();
+    let mut queued = None;
     loop {
         // Made before the look, so that nothing is missed between the two.
         let (released, room) = (shared.admission.released(), shared.room.notified());
-        let fits = {
-            let count = shared.count();
-            count.busy + count.idle + count.starting <= INSTANCES_MAX
-        };
-        if fits && let Some(share) = shared.admission.share(recipe.memory)? {
-            return Ok(share);
+        match Arc::clone(&shared.places).try_acquire_owned() {
+            Ok(place) => {
+                let share = match &queued {
+                    None => shared.admission.share(recipe.memory)?,
+                    Some(queued) => shared.admission.share_of(queued),
+                };
+                if let Some(share) = share {
+                    return Ok(Granted { _place: place, _share: share });
+                }
+                if queued.is_none() && why == Start::Called {
+                    queued = Some(shared.admission.queue_share(recipe.memory)?);
+                }
+            }
+            // It is not memory that it waits for: nobody is to keep any for it.
+            Err(_) => queued = None,
         }
         if why == Start::Kept {
             return Err(NotServed::NoRoom);
