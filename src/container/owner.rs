@@ -35,7 +35,7 @@ impl Owner {
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
             namespace: fs::metadata("/proc/self/ns/pid")?.ino(),
             pid,
-            started: started(pid).ok_or(io::ErrorKind::InvalidData)?,
+            started: started(pid)?.ok_or(io::ErrorKind::InvalidData)?,
         })
     }
 
@@ -69,14 +69,18 @@ impl Owner {
     }
 
     /// Whether the owner that a label names is dead, as far as we can see: of another pid
-    /// namespace of this boot we see nothing, and leave what is theirs.
+    /// namespace of this boot we see nothing, and leave what is theirs. So we do where we
+    /// can't look: what is left too long is less than what the living lose.
     #[must_use]
     pub fn sees_dead(&self, label: &str) -> bool {
         let Some(other) = Self::parse(label) else { return false };
         if other.boot != self.boot {
             return true;
         }
-        other.namespace == self.namespace && started(other.pid) != Some(other.started)
+        if other == *self || other.namespace != self.namespace {
+            return false;
+        }
+        started(other.pid).is_ok_and(|started| started != Some(other.started))
     }
 
     /// The labels of a container for this launch; without a run, where that isn't known
@@ -94,16 +98,31 @@ impl Owner {
 }
 
 /// When a process started; `None` where there is none.
-fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+///
+/// # Errors
+/// Where that can't be told.
+fn started(pid: u32) -> io::Result<Option<u64>> {
+    started_by(fs::read_to_string(format!("/proc/{pid}/stat")))
+}
+
+/// The same by what reading its /proc/PID/stat gave.
+fn started_by(stat: io::Result<String>) -> io::Result<Option<u64>> {
+    let stat = match stat {
+        Ok(stat) => stat,
+        // It went while it was read.
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
     // The name before it may hold anything, parentheses included. It is field 22; the
     // first after the name is field 3.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace();
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    let odd = || io::Error::from(io::ErrorKind::InvalidData);
     // One that nobody reaps runs no more.
-    let state = fields.next()?;
-    (state != "Z" && state != "X").then_some(())?;
-    fields.nth(22 - 4)?.parse().ok()
+    if matches!(fields.next().ok_or_else(odd)?, "Z" | "X") {
+        return Ok(None);
+    }
+    fields.nth(22 - 4).and_then(|field| field.parse().ok()).map(Some).ok_or_else(odd)
 }
 
 #[cfg(test)]
@@ -130,6 +149,20 @@ mod tests {
             other.namespace += 1;
             other.pid = u32::MAX;
         }));
+        // What can't be looked at lives.
+        for error in [libc::ENFILE, libc::EMFILE, libc::ENOMEM, libc::EACCES, libc::EIO] {
+            assert!(started_by(Err(io::Error::from_raw_os_error(error))).is_err());
+        }
+        for odd in ["", "7 (a) S 1", "7 (a"] {
+            assert!(started_by(Ok(odd.to_owned())).is_err(), "{odd}");
+        }
+        for error in [libc::ENOENT, libc::ESRCH] {
+            assert_eq!(started_by(Err(io::Error::from_raw_os_error(error))).unwrap(), None);
+        }
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        assert_eq!(started_by(Ok(stat.clone())).unwrap(), Some(own.started));
+        let (name, fields) = stat.rsplit_once(") ").unwrap();
+        assert_eq!(started_by(Ok(format!("{name}) Z{}", &fields[1..]))).unwrap(), None);
         for label in ["", "a/1/2", "a/1/2/3/4", "a/x/2/3"] {
             assert!(!own.sees_dead(label), "{label}: whatever that is, it isn't ours");
         }

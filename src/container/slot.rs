@@ -21,6 +21,8 @@ use super::{INIT, owner::Owner};
 /// Names in it; `protocol` has init's and the FIFO's as paths of the container's.
 const INIT_NAME: &str = "init";
 const HOLD_NAME: &str = "hold";
+/// How often what another removes at the same time is gone through: each time there is less.
+const REMOVALS: u32 = 100;
 /// As in `jail::message::SCRIPT_PATH`.
 const SERVICE_NAME: &str = "service";
 
@@ -112,6 +114,21 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
     Ok(file)
 }
 
+/// Removes what a dead dispatcher left, which another one that starts may be removing too.
+fn remove_left(path: &Path) -> io::Result<()> {
+    for _ in 0..REMOVALS {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if !path.try_exists()? {
+                    break;
+                }
+            }
+            removed => return removed,
+        }
+    }
+    Ok(())
+}
+
 /// Our directory for slots: below `base`, which is made where it isn't there. What dead
 /// dispatchers left beside it is removed.
 ///
@@ -132,7 +149,7 @@ pub fn prepare(base: &Path, owner: &Owner) -> io::Result<PathBuf> {
     for entry in fs::read_dir(base)? {
         let entry = entry?;
         if entry.file_name().to_str().is_some_and(|name| owner.sees_dead_by_name(name)) {
-            fs::remove_dir_all(entry.path())?;
+            remove_left(&entry.path())?;
         }
     }
     let own = base.join(owner.file_name());
@@ -173,9 +190,24 @@ mod tests {
         prepare(&base, &owner).unwrap();
         assert!(!left.exists());
         assert!(base.join("whatever").exists());
+        remove_left(&left).unwrap();
         fs::set_permissions(&base, fs::Permissions::from_mode(0o777)).unwrap();
         let refused = prepare(&base, &owner).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn what_a_dead_dispatcher_left_may_be_removed_by_two_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let left = directory.path().join("left");
+        for number in 0..200 {
+            fs::create_dir_all(left.join(number.to_string()).join("slot")).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let begun: Vec<_> = (0..4).map(|_| scope.spawn(|| remove_left(&left))).collect();
+            begun.into_iter().for_each(|removing| removing.join().unwrap().unwrap());
+        });
+        assert!(!left.exists());
     }
 
     #[test]
