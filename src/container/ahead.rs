@@ -7,17 +7,18 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Waker},
     time::{Duration, Instant},
 };
 
 use super::{
     engine::Streams,
-    make::{Container, Maker},
+    make::{Container, Maker, Order},
     run::Task,
 };
 use crate::jail::{
     check::Checked,
-    message::{Launch, Refusal},
+    message::Refusal,
     plan::Template,
     root::{self, Seen},
 };
@@ -25,6 +26,8 @@ use crate::jail::{
 /// Most of all namespaces together: a caller names any namespace that a default policy
 /// takes. The longest without a call give way.
 const ALL_MAX: usize = 64;
+/// Most that are being made, or that are to be, with those whose shelf has gone since.
+const ORDERS_MAX: usize = 2 * ALL_MAX;
 /// After the last call, how long they are kept.
 const IDLE: Duration = Duration::from_secs(600);
 /// How long nothing is made after one that couldn't be.
@@ -41,6 +44,8 @@ struct Shelves {
     by_key: HashMap<Key, Shelf>,
     /// Shelves that there ever were.
     count: u64,
+    /// How many are being made, whoever for.
+    orders: usize,
 }
 
 /// By the template itself: the same name may mean another one after a reload.
@@ -63,6 +68,16 @@ struct Waiting {
     streams: Streams,
     /// What of the host its root was made of.
     shown: Vec<Seen>,
+}
+
+impl Waiting {
+    /// Whether init waits, and can be spoken to as far as can be told without: a Docker that
+    /// was killed takes its streams along, and may leave the container.
+    fn is_sound(&mut self) -> bool {
+        let mut context = Context::from_waker(Waker::noop());
+        // Init says nothing before it is spoken to.
+        self.container.waits() && self.streams.output.as_mut().poll_next(&mut context).is_pending()
+    }
 }
 
 impl Ahead {
@@ -91,8 +106,8 @@ impl Ahead {
             shelf.waiting.pop_front()
         };
         // Without the lock: what is shown may be slow to look at.
-        while let Some(one) = waiting {
-            if one.container.waits()
+        while let Some(mut one) = waiting {
+            if one.is_sound()
                 && one.shown == root::seen(&task.template.filesystem, task.template.listens)
             {
                 return Some((one.container, one.streams));
@@ -108,22 +123,42 @@ impl Ahead {
         drop(given_up);
         for _ in 0..wanting {
             let making = Making { ahead: Arc::clone(self), key: key(task), number };
-            let (maker, task) = (Arc::clone(maker), Like::of(task));
-            tokio::spawn(async move { making.make_one(&maker, &task).await });
+            let (maker, order) = (Arc::clone(maker), order(task));
+            tokio::spawn(async move { making.make_one(&maker, order).await });
         }
     }
 
-    /// Lets go of what nobody called for in a while, and of what `keep` doesn't want.
+    /// Lets go of what nobody called for in a while, of what `keep` doesn't want, and of what
+    /// can't be used any more.
     pub fn review(&self, keep: impl Fn(&Arc<Template>) -> bool) {
         let now = Instant::now();
-        let gone: Vec<_> = {
+        let (mut gone, mut unsound) = (Vec::new(), Vec::new());
+        {
             let mut shelves = self.lock();
             let goes =
                 |shelf: &Shelf| now.duration_since(shelf.called) >= IDLE || !keep(&shelf.template);
-            shelves.by_key.extract_if(|_, shelf| goes(shelf)).collect()
-        };
+            gone.extend(shelves.by_key.extract_if(|_, shelf| goes(shelf)));
+            for shelf in shelves.by_key.values_mut() {
+                let (sound, others) = std::mem::take(&mut shelf.waiting)
+                    .into_iter()
+                    .map(|mut one| (one.is_sound(), one))
+                    .partition::<VecDeque<_>, _>(|(is_sound, _)| *is_sound);
+                shelf.waiting.extend(sound.into_iter().map(|(_, one)| one));
+                unsound.extend(others);
+            }
+        }
         // Without the lock: slots are removed from the disk.
-        drop(gone);
+        drop((gone, unsound));
+    }
+
+    /// Lets go of all that wait now; calls to come have others made.
+    pub fn empty(&self) {
+        let mut shelves = self.lock();
+        let all: Vec<_> =
+            shelves.by_key.values_mut().map(|it| std::mem::take(&mut it.waiting)).collect();
+        drop(shelves);
+        // Without the lock, too.
+        drop(all);
     }
 
     fn lock(&self) -> MutexGuard<'_, Shelves> {
@@ -165,6 +200,8 @@ impl Shelves {
                 None => wanting = ALL_MAX.saturating_sub(self.all()),
             }
         }
+        wanting = wanting.min(ORDERS_MAX.saturating_sub(self.orders));
+        self.orders += wanting;
         if let Some(shelf) = self.by_key.get_mut(key) {
             shelf.making += wanting;
         }
@@ -176,20 +213,15 @@ impl Shelves {
     }
 }
 
-/// What one that is made ahead is like.
-struct Like {
-    launch: Launch,
-    template: Arc<Template>,
-    filter: Arc<str>,
-}
-
-impl Like {
-    fn of(task: &Task) -> Self {
-        Self {
-            launch: task.launch.clone(),
-            template: Arc::clone(&task.template),
-            filter: Arc::clone(&task.filter),
-        }
+/// One that is like what this call's container is to be.
+fn order(task: &Task) -> Order {
+    let limits = &task.template.limits;
+    Order {
+        launch: task.launch.clone(),
+        run: None,
+        template: Arc::clone(&task.template),
+        filter: Arc::clone(&task.filter),
+        checked: Checked { memory: limits.memory, cpus: limits.cpus, timeout: None, call_len: 0 },
     }
 }
 
@@ -201,15 +233,20 @@ struct Making {
 }
 
 impl Making {
-    async fn make_one(self, maker: &Arc<Maker>, like: &Like) {
-        let limits = &like.template.limits;
-        let checked =
-            Checked { memory: limits.memory, cpus: limits.cpus, timeout: None, call_len: 0 };
+    async fn make_one(self, maker: &Arc<Maker>, order: Order) {
         // Calls that wait for theirs come first.
-        let Some(_turn) = maker.stock_turn().await else { return };
+        let Some(_turn) = maker.queue().stock_turn().await else { return };
+        // Its shelf may have given way to others while it waited.
+        if self.shelf(&mut self.ahead.lock()).is_none() {
+            return;
+        }
         // Before it is made: what changes meanwhile is a change.
-        let shown = root::seen(&like.template.filesystem, like.template.listens);
-        let made = maker.make(&like.template, &like.filter, &like.launch, None, &checked).await;
+        let (filesystem, listens) = (&order.template.filesystem, order.template.listens);
+        let shown = root::seen(filesystem, listens);
+        let made = match maker.prepare(order).await {
+            Ok(ready) => maker.make(ready).await,
+            Err(refusal) => Err(refusal),
+        };
         let mut shelves = self.ahead.lock();
         // Where nobody wants it any more, it is removed.
         let Some(shelf) = self.shelf(&mut shelves) else { return };
@@ -236,6 +273,7 @@ impl Drop for Making {
     fn drop(&mut self) {
         let ahead = Arc::clone(&self.ahead);
         let mut shelves = ahead.lock();
+        shelves.orders = shelves.orders.saturating_sub(1);
         if let Some(shelf) = self.shelf(&mut shelves) {
             shelf.making = shelf.making.saturating_sub(1);
         }

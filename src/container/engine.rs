@@ -16,14 +16,38 @@ use bollard::{
         ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
     },
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::timeout};
 use tokio_stream::StreamExt as _;
 
 use super::image::OwnImage;
 use crate::jail::message::Refusal;
 
-/// How long one request may take, in seconds; pulling and attaching go on for longer.
-const REQUEST_S: u64 = 60;
+/// How long Docker may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For one request.
+    pub request: Duration,
+    /// To say something new of a pull, which goes on for longer.
+    pub pull_step: Duration,
+    /// For a pull in all.
+    pub pull: Duration,
+}
+
+impl Patience {
+    /// With the Docker of this host.
+    pub const USUAL: Self = Self {
+        request: Duration::from_secs(60),
+        pull_step: Duration::from_secs(300),
+        pull: Duration::from_secs(3600),
+    };
+}
+
+/// How long it may take to say whether it is there at all.
+const PING: Duration = Duration::from_secs(2);
+/// What Docker answers with, besides 503, while it ends or lost what runs its containers:
+/// that says nothing of what it was asked for.
+const GOING: [&str; 4] =
+    ["context canceled", "context deadline exceeded", "code = Unavailable", "containerd.sock"];
 /// How long reaching Docker may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long nobody tries again after that failed.
@@ -69,10 +93,22 @@ pub struct Streams {
     pub input: std::pin::Pin<Box<dyn tokio::io::AsyncWrite + Send>>,
 }
 
+/// A container with a label.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Labelled {
+    /// Docker's id.
+    pub id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// The label's value.
+    pub value: String,
+}
+
 /// A handle on Docker.
 #[derive(Debug)]
 pub struct Engine {
     socket: PathBuf,
+    patience: Patience,
     connection: Mutex<Connection>,
 }
 
@@ -87,8 +123,8 @@ struct Connection {
 impl Engine {
     /// For this socket. It is connected to when it is needed.
     #[must_use]
-    pub fn new(socket: PathBuf) -> Self {
-        Self { socket, connection: Mutex::default() }
+    pub fn new(socket: PathBuf, patience: Patience) -> Self {
+        Self { socket, patience, connection: Mutex::default() }
     }
 
     /// Reaches Docker, again if need be.
@@ -119,9 +155,11 @@ impl Engine {
 
     async fn connect(&self) -> Result<Docker, EngineError> {
         let path = self.socket.to_string_lossy();
-        let docker = Docker::connect_with_unix(&path, REQUEST_S, bollard::API_DEFAULT_VERSION)
+        // Its own is for what it streams; all else is answered by `ask`, in whole.
+        let seconds = self.patience.request.as_secs().max(1);
+        let docker = Docker::connect_with_unix(&path, seconds, bollard::API_DEFAULT_VERSION)
             .map_err(|error| self.unavailable(&error))?;
-        match tokio::time::timeout(CONNECT, docker.negotiate_version()).await {
+        match timeout(CONNECT, docker.negotiate_version()).await {
             Ok(result) => result.map_err(|error| self.unavailable(&error)),
             Err(_) => Err(self.unavailable(&"it doesn't answer")),
         }
@@ -132,8 +170,12 @@ impl Engine {
     }
 
     /// An answer, its error in our words.
-    async fn answer<T>(&self, answer: Result<T, Error>) -> Result<T, EngineError> {
-        match answer {
+    async fn ask<T>(
+        &self,
+        asked: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, EngineError> {
+        let answer = timeout(self.patience.request, asked).await;
+        match answer.unwrap_or(Err(Error::RequestTimeoutError)) {
             Ok(answer) => Ok(answer),
             Err(error) => Err(self.told(error).await),
         }
@@ -153,6 +195,14 @@ impl Engine {
                 self.connection.lock().await.docker = None;
                 self.unavailable(&message)
             }
+            Error::DockerResponseServerError { status_code: 503, message } => {
+                self.unavailable(&message)
+            }
+            Error::DockerResponseServerError { status_code, message }
+                if status_code >= 500 && self.is_going(&message).await =>
+            {
+                self.unavailable(&message)
+            }
             Error::DockerResponseServerError { message, .. } => EngineError::Refused(message),
             Error::DockerStreamError { error } => EngineError::Refused(error),
             error => {
@@ -160,6 +210,15 @@ impl Engine {
                 self.unavailable(&with_cause(&error))
             }
         }
+    }
+
+    /// Whether a failure of Docker's means that it is on its way down, or up.
+    async fn is_going(&self, message: &str) -> bool {
+        if GOING.iter().any(|word| message.contains(word)) {
+            return true;
+        }
+        let Ok(docker) = self.docker().await else { return true };
+        !matches!(timeout(PING, docker.ping()).await, Ok(Ok(_)))
     }
 
     /// Creates a container, and gives its id.
@@ -172,8 +231,8 @@ impl Engine {
         body: ContainerCreateBody,
     ) -> Result<String, EngineError> {
         let options = CreateContainerOptionsBuilder::default().name(name).build();
-        let created = self.docker().await?.create_container(Some(options), body).await;
-        Ok(self.answer(created).await?.id)
+        let docker = self.docker().await?;
+        Ok(self.ask(docker.create_container(Some(options), body)).await?.id)
     }
 
     /// Its streams; before it is started, lest anything be lost.
@@ -187,8 +246,9 @@ impl Engine {
             .stderr(true)
             .stream(true)
             .build();
-        let attached = self.docker().await?.attach_container(id, Some(options)).await;
-        let AttachContainerResults { output, input } = self.answer(attached).await?;
+        let docker = self.docker().await?;
+        let AttachContainerResults { output, input } =
+            self.ask(docker.attach_container(id, Some(options))).await?;
         Ok(Streams { output, input })
     }
 
@@ -197,8 +257,8 @@ impl Engine {
     /// # Errors
     /// As said.
     pub async fn start(&self, id: &str) -> Result<(), EngineError> {
-        let answered = self.docker().await?.start_container(id, None).await;
-        self.answer(answered).await
+        let docker = self.docker().await?;
+        self.ask(docker.start_container(id, None)).await
     }
 
     /// All about a container.
@@ -206,8 +266,8 @@ impl Engine {
     /// # Errors
     /// As said.
     pub async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, EngineError> {
-        let answered = self.docker().await?.inspect_container(id, None).await;
-        self.answer(answered).await
+        let docker = self.docker().await?;
+        self.ask(docker.inspect_container(id, None)).await
     }
 
     /// Gives it another name.
@@ -216,8 +276,8 @@ impl Engine {
     /// As said.
     pub async fn rename(&self, id: &str, name: &str) -> Result<(), EngineError> {
         let options = RenameContainerOptionsBuilder::default().name(name).build();
-        let answered = self.docker().await?.rename_container(id, options).await;
-        self.answer(answered).await
+        let docker = self.docker().await?;
+        self.ask(docker.rename_container(id, options)).await
     }
 
     /// Removes it with all that it made, whatever it is doing. One that is gone is fine.
@@ -226,24 +286,30 @@ impl Engine {
     /// As said.
     pub async fn remove(&self, id: &str) -> Result<(), EngineError> {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        let removed = self.docker().await?.remove_container(id, Some(options)).await;
-        match self.answer(removed).await {
+        let docker = self.docker().await?;
+        match self.ask(docker.remove_container(id, Some(options))).await {
             Err(EngineError::Missing(_)) => Ok(()),
             answer => answer,
         }
     }
 
-    /// Every container with this label, running or not: its id and the label's value.
+    /// Every container with this label, running or not.
     ///
     /// # Errors
     /// As said.
-    pub async fn labelled(&self, label: &str) -> Result<Vec<(String, String)>, EngineError> {
+    pub async fn labelled(&self, label: &str) -> Result<Vec<Labelled>, EngineError> {
         let filters: HashMap<_, _> = [("label", vec![label])].into();
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        let listed = self.docker().await?.list_containers(Some(options)).await;
-        let found = self.answer(listed).await?;
+        let docker = self.docker().await?;
+        let found = self.ask(docker.list_containers(Some(options))).await?;
         let one = |container: bollard::models::ContainerSummary| {
-            Some((container.id?, container.labels?.remove(label)?))
+            let names = container.names.unwrap_or_default().into_iter();
+            Some(Labelled {
+                id: container.id?,
+                // Docker has a slash before each.
+                names: names.map(|name| name.trim_start_matches('/').to_owned()).collect(),
+                value: container.labels?.remove(label)?,
+            })
         };
         Ok(found.into_iter().filter_map(one).collect())
     }
@@ -253,8 +319,8 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Missing`] where it doesn't hold it.
     pub async fn image(&self, name: &str) -> Result<ImageInspect, EngineError> {
-        let answered = self.docker().await?.inspect_image(name).await;
-        self.answer(answered).await
+        let docker = self.docker().await?;
+        self.ask(docker.inspect_image(name)).await
     }
 
     /// Imports an image of ours, if it isn't there.
@@ -274,32 +340,46 @@ impl Engine {
             .message("the root of dispatcher's containers")
             .build();
         let archive = bollard::body_full(image.archive.clone().into());
-        self.finish(self.docker().await?.create_image(Some(options), Some(archive), None)).await
+        let docker = self.docker().await?;
+        let importing = docker.create_image(Some(options), Some(archive), None);
+        self.ask(async {
+            let mut importing = std::pin::pin!(importing);
+            while let Some(step) = importing.next().await {
+                step?;
+            }
+            Ok(())
+        })
+        .await
     }
 
-    /// Pulls an image from its registry.
+    /// Pulls an image from its registry. Docker gives it up where this is dropped.
     ///
     /// # Errors
-    /// As said.
+    /// As said, and where it gets no further.
     pub async fn pull(&self, name: &str) -> Result<(), EngineError> {
         // Without a tag Docker would pull all that there are.
         let tagged = name.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
         let whole = if tagged { name.to_owned() } else { format!("{name}:latest") };
         let options = CreateImageOptionsBuilder::default().from_image(&whole).build();
-        self.finish(self.docker().await?.create_image(Some(options), None, None)).await
+        let docker = self.docker().await?;
+        let Patience { pull_step, pull, .. } = self.patience;
+        let pulling = async {
+            let mut progress = std::pin::pin!(docker.create_image(Some(options), None, None));
+            loop {
+                match timeout(pull_step, progress.next()).await {
+                    Ok(None) => return Ok(()),
+                    Ok(Some(Ok(_))) => {}
+                    Ok(Some(Err(error))) => return Err(self.told(error).await),
+                    Err(_) => return Err(too_long("Docker tells no progress of it", pull_step)),
+                }
+            }
+        };
+        timeout(pull, pulling).await.unwrap_or_else(|_| Err(too_long("it isn't complete", pull)))
     }
+}
 
-    /// Waits for the end of something that tells of its progress.
-    async fn finish<T>(
-        &self,
-        progress: impl tokio_stream::Stream<Item = Result<T, Error>>,
-    ) -> Result<(), EngineError> {
-        let mut progress = std::pin::pin!(progress);
-        while let Some(step) = progress.next().await {
-            self.answer(step).await?;
-        }
-        Ok(())
-    }
+fn too_long(what: &str, time: Duration) -> EngineError {
+    EngineError::Refused(format!("{what} after {} s", time.as_secs()))
 }
 
 fn with_cause(error: &Error) -> String {

@@ -1,8 +1,8 @@
 //! Making a container: all of it but the program, for which init in it waits.
 //!
 //! Whatever goes wrong on the way, what was made is removed: by [`Removal`], which the
-//! container has from before its creation on. Don't drop the future half-way: Docker may go
-//! on with what it was asked for, and make what was removed already.
+//! container has from before its creation on. Don't drop [`Maker::make`] half-way: Docker may
+//! go on with what it was asked for, and make what was removed already.
 
 use std::{
     collections::HashSet,
@@ -14,15 +14,14 @@ use std::{
 };
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::{
-    io::unix::AsyncFd,
-    sync::{Semaphore, SemaphorePermit},
-};
+use tokio::io::unix::AsyncFd;
 
 use super::{
     engine::{Engine, EngineError, Streams},
     image::ContainerRoot,
+    inventory::{EXISTING_MAX, Inventory, Removal},
     owner::Owner,
+    queue::{Queue, Turn},
     service::Service,
     slot::Slot,
     spec::{self, Making},
@@ -33,7 +32,7 @@ use crate::{
         blueprint::RootPlan,
         cgroup::{Cgroup, CgroupLimits, Usage},
         check::Checked,
-        message::{Launch, Refusal},
+        message::{Launch, Oom, Refusal},
         plan::{Control, Root, Template},
         root::{self, Ownership, RootError},
     },
@@ -48,35 +47,44 @@ const KILL_AGAIN: Duration = Duration::from_millis(50);
 const INIT_WAIT: Duration = Duration::from_secs(10);
 /// The same under a runtime that may have a kernel of its own, where init is never seen.
 const INIT_WAIT_IN_VAIN: Duration = Duration::from_millis(500);
-/// Containers that are being made, or removed, at once: Docker does each in one go, and
-/// more at a time only makes all of them slow.
-const AT_ONCE: usize = 4;
 /// How long a call waits for an image that is being pulled: less than the server waits
 /// for a start.
 const PULL_WAIT: Duration = Duration::from_secs(25);
-/// How long is waited before removing a container is tried again: twice as long each time,
-/// up to the second.
-const REMOVAL_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
 /// What all containers are made with.
 #[derive(Debug)]
 pub struct Maker {
-    /// Docker.
-    pub engine: Engine,
-    owner: Owner,
+    engine: Arc<Engine>,
+    inventory: Arc<Inventory>,
+    queue: Arc<Queue>,
     /// For slots.
     directory: PathBuf,
-    making: Semaphore,
-    stocking: Semaphore,
     /// Images that are being pulled.
     pulling: Mutex<HashSet<String>>,
-    removing: Semaphore,
-    /// One permit for each container there is: all are there when none is left.
-    existing: Arc<Semaphore>,
 }
 
-/// Most containers at once.
-const EXISTING_MAX: u32 = 1 << 16;
+/// What a container is made for.
+#[derive(Clone)]
+pub struct Order {
+    /// A launch, or one to come that is like it.
+    pub launch: Launch,
+    /// Its id, where it is known yet.
+    pub run: Option<RunId>,
+    /// By which policy.
+    pub template: Arc<Template>,
+    /// Its system calls, for Docker.
+    pub filter: Arc<str>,
+    /// What holds for it.
+    pub checked: Checked,
+}
+
+/// An order whose turn it is. Of its container nothing is there yet.
+pub struct Ready {
+    order: Order,
+    root: ContainerRoot,
+    image: String,
+    _turn: Turn,
+}
 
 /// A container whose init waits for a program.
 pub struct Container {
@@ -95,10 +103,10 @@ pub struct Container {
 }
 
 impl Container {
-    /// Who made it.
+    /// Docker, which has it.
     #[must_use]
-    pub fn maker(&self) -> &Maker {
-        &self.removal.maker
+    pub fn engine(&self) -> &Engine {
+        self.removal.inventory().engine()
     }
 
     /// What it uses, for a moment; `None` where nothing can be seen of it.
@@ -111,6 +119,14 @@ impl Container {
     #[must_use]
     pub fn usage(&self) -> Usage {
         self.cgroup().map_or(Usage::default(), |cgroup| cgroup.usage())
+    }
+
+    /// What it has used and who was killed for want of memory, for as long as Docker keeps its
+    /// cgroups: it removes them when the last process has ended.
+    #[must_use]
+    pub fn last_counts(&self) -> (Option<Usage>, Oom) {
+        let cgroup = self.cgroup();
+        cgroup.map_or((None, Oom::None), |cgroup| (Some(cgroup.usage()), cgroup.oom()))
     }
 
     /// SIGKILL for init, by which all should die, and for all the others as well: an init
@@ -158,41 +174,56 @@ impl Maker {
     pub fn new(engine: Engine, base: &Path) -> io::Result<Arc<Self>> {
         let owner = Owner::own()?;
         let directory = super::slot::prepare(base, &owner)?;
+        let engine = Arc::new(engine);
         Ok(Arc::new(Self {
+            inventory: Inventory::new(Arc::clone(&engine), owner),
             engine,
-            owner,
+            queue: Queue::new(),
             directory,
-            making: Semaphore::new(AT_ONCE),
-            stocking: Semaphore::new(1),
             pulling: Mutex::default(),
-            removing: Semaphore::new(AT_ONCE),
-            existing: Arc::new(Semaphore::new(EXISTING_MAX as usize)),
         }))
     }
 
-    /// Makes a container for a launch and starts its init; `run`: its id, or nothing for a
-    /// launch to come that is like this one.
+    /// Which containers there are.
+    #[must_use]
+    pub fn inventory(&self) -> &Arc<Inventory> {
+        &self.inventory
+    }
+
+    /// Who waits for one.
+    #[must_use]
+    pub fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+
+    /// Gets ready to make a container, and waits for the turn to. Cancel-safe: what was done
+    /// for it so far is no order's own.
     ///
     /// # Errors
-    /// What Docker or this host can't give. Nothing stays behind.
-    pub async fn make(
-        self: &Arc<Self>,
-        template: &Template,
-        filter: &str,
-        launch: &Launch,
-        run: Option<RunId>,
-        checked: &Checked,
-    ) -> Result<(Container, Streams), Refusal> {
+    /// What Docker or this host can't give.
+    pub async fn prepare(self: &Arc<Self>, order: Order) -> Result<Ready, Refusal> {
+        let template = &order.template;
         let root = decide_root(template)?;
         let root = ContainerRoot::of(root.pieces, template.listens)
             .map_err(|error| step("image", &error))?;
         let image = self.image(template, &root).await?;
+        let turn = self.queue.turn(&order.launch.namespace).await.ok_or(Refusal::Ending)?;
+        Ok(Ready { order, root, image, _turn: turn })
+    }
+
+    /// Makes the container and starts its init.
+    ///
+    /// # Errors
+    /// What Docker or this host can't give. Nothing stays behind.
+    pub async fn make(self: &Arc<Self>, ready: Ready) -> Result<(Container, Streams), Refusal> {
+        let Ready { order, root, image, _turn } = ready;
+        let Order { launch, run, template, filter, checked } = order;
+        let (template, checked) = (&*template, &checked);
         let random = || RunId::random().map_err(|error| step("name", &error));
         // Random in any case: nobody else's container has this name, which has ours removed
         // from before it exists, as a create that is given up may have created it.
         let name = format!("dispatcher-made-{}", random()?);
-        let mut removal = Removal::of(self, name.clone());
-        let _turn = self.making.acquire().await.map_err(|_| Refusal::Ending)?;
+        let mut removal = self.inventory.enter(name.clone()).ok_or_else(too_many)?;
         let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
         let host_name = format!("run-{}", random()?);
         let making = Making {
@@ -201,11 +232,23 @@ impl Maker {
             binds: &root.binds,
             slot: slot.path(),
             checked,
-            labels: self.owner.labels(launch, run),
-            filter,
+            labels: self.inventory.owner().labels(&launch, run),
+            filter: &filter,
         };
-        let id = self.engine.create(&name, spec::body(template, making)).await?;
-        removal.name.clone_from(&id);
+        let body = spec::body(template, making);
+        let created = match self.engine.create(&name, body.clone()).await {
+            // Ours may have been removed since it was looked for, by `docker image prune`.
+            Err(EngineError::Missing(_)) if template.container.image.is_empty() => {
+                self.engine.import(&root.image).await?;
+                self.engine.create(&name, body).await
+            }
+            created => created,
+        };
+        if let Err(EngineError::Unavailable { .. }) = &created {
+            removal.doubt();
+        }
+        let id = created?;
+        removal.created(&id);
         let streams = self.engine.attach(&id).await?;
         self.engine.start(&id).await?;
         let state = self.engine.inspect(&id).await?.state.unwrap_or_default();
@@ -247,11 +290,6 @@ impl Maker {
         });
     }
 
-    /// A turn at making one that nobody waits for: one at a time. None at the end.
-    pub async fn stock_turn(&self) -> Option<SemaphorePermit<'_>> {
-        self.stocking.acquire().await.ok()
-    }
-
     /// The image's name, once Docker has it.
     async fn image(
         self: &Arc<Self>,
@@ -283,19 +321,15 @@ impl Maker {
         Ok(found.id.unwrap_or_else(|| wanted.image.clone()))
     }
 
+    fn pulling(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.pulling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Pulls an image, or has it pulled for a later call.
     async fn pull(self: &Arc<Self>, name: &str) -> Result<(), Refusal> {
         let still = || image(name, "is still being pulled; send the call again");
-        let pulling = || self.pulling.lock().unwrap_or_else(PoisonError::into_inner);
-        if !pulling().insert(name.to_owned()) {
-            return Err(still());
-        }
-        let (maker, wanted) = (Arc::clone(self), name.to_owned());
-        let pulling = tokio::spawn(async move {
-            let pulled = maker.engine.pull(&wanted).await;
-            maker.pulling.lock().unwrap_or_else(PoisonError::into_inner).remove(&wanted);
-            pulled
-        });
+        let Some(pulling) = Pulling::begin(self, name) else { return Err(still()) };
+        let pulling = tokio::spawn(async move { pulling.maker.engine.pull(&pulling.name).await });
         match tokio::time::timeout(PULL_WAIT, pulling).await {
             Err(_) => Err(still()),
             Ok(Ok(Ok(()))) => Ok(()),
@@ -304,46 +338,43 @@ impl Maker {
         }
     }
 
-    /// Makes no more: those who wait for their turn are refused.
+    /// Makes no more: those who wait for their turn are refused. What is left has little time.
     pub fn close(&self) {
-        self.stocking.close();
-        self.making.close();
+        self.queue.close();
+        self.inventory.hurry();
     }
 
-    /// Removes what dispatchers left that are dead.
-    ///
-    /// # Errors
-    /// Where Docker can't be asked.
-    pub async fn sweep(&self) -> Result<(), EngineError> {
-        let mut failed = Ok(());
-        for (id, owner) in self.engine.labelled(super::owner::OWNER).await? {
-            if self.owner.sees_dead(&owner) {
-                tracing::info!(id, "removing a container that a dead dispatcher left");
-                self.kill_left(&id).await;
-                // One that can't be removed keeps none of the others.
-                failed = self.engine.remove(&id).await.and(failed);
-            }
+    /// Returns when no container is left, and nothing of ours on the disk: whether that is
+    /// certain.
+    pub async fn all_removed(&self) -> bool {
+        let emptied = self.inventory.emptied().await;
+        if let Err(error) = &emptied {
+            tracing::warn!(%error, "a container may be left, which the next start removes");
         }
-        failed
-    }
-
-    /// Kills everyone in a container that isn't ours.
-    async fn kill_left(&self, id: &str) {
-        // One that can't be looked at is Docker's to kill.
-        let state = self.engine.inspect(id).await.ok().and_then(|found| found.state);
-        let pid = state.and_then(|state| i32::try_from(state.pid?).ok()).and_then(Pid::from_raw);
-        if let Some(cgroup) = pid.and_then(|pid| Cgroup::of_container(pid, id).ok()) {
-            cgroup.kill_everyone();
-        }
-    }
-
-    /// Returns when no container is left, and nothing of ours on the disk.
-    pub async fn all_removed(&self) {
-        // Closed never.
-        let _ = self.existing.acquire_many(EXISTING_MAX).await;
         if let Err(error) = std::fs::remove_dir(&self.directory) {
             tracing::warn!(%error, "{} can't be removed", self.directory.display());
         }
+        emptied.is_ok()
+    }
+}
+
+/// An image that is being pulled, until this is dropped.
+struct Pulling {
+    maker: Arc<Maker>,
+    name: String,
+}
+
+impl Pulling {
+    /// `None` where it is being pulled already.
+    fn begin(maker: &Arc<Maker>, name: &str) -> Option<Self> {
+        let begun = maker.pulling().insert(name.to_owned());
+        begun.then(|| Self { maker: Arc::clone(maker), name: name.to_owned() })
+    }
+}
+
+impl Drop for Pulling {
+    fn drop(&mut self) {
+        self.maker.pulling().remove(&self.name);
     }
 }
 
@@ -499,48 +530,12 @@ fn step(step: &str, error: &io::Error) -> Refusal {
     Refusal::Step { step: format!("container.{step}"), index: 0, errno }
 }
 
-/// A container's end: dropping it has the container removed, whatever state it is in.
-struct Removal {
-    maker: Arc<Maker>,
-    /// Its name, or its id once that is known.
-    name: String,
-    existing: Option<tokio::sync::OwnedSemaphorePermit>,
-}
-
-impl Removal {
-    fn of(maker: &Arc<Maker>, name: String) -> Self {
-        // There are never so many.
-        let existing = Arc::clone(&maker.existing).try_acquire_owned().ok();
-        Self { maker: Arc::clone(maker), name, existing }
-    }
-}
-
-impl Drop for Removal {
-    fn drop(&mut self) {
-        let (maker, name) = (Arc::clone(&self.maker), std::mem::take(&mut self.name));
-        let existing = self.existing.take();
-        tokio::spawn(async move {
-            remove(&maker, &name).await;
-            drop(existing);
-        });
-    }
-}
-
-/// Removes one, again and again while Docker is away or busy with it. What is left when
-/// this process ends is swept by its successor.
-async fn remove(maker: &Maker, name: &str) {
-    let (mut pause, longest) = REMOVAL_PAUSE;
-    loop {
-        let turn = maker.removing.acquire().await;
-        let removed = maker.engine.remove(name).await;
-        drop(turn);
-        match removed {
-            Ok(()) => return,
-            Err(error) => tracing::debug!(%error, name, "a container can't be removed yet"),
-        }
-        tokio::time::sleep(pause).await;
-        pause = longest.min(pause * 2);
-    }
+fn too_many() -> Refusal {
+    let why = format!(
+        "there are {EXISTING_MAX} containers, with those that Docker doesn't remove: see `docker \
+         ps --all` and Docker's log; send the call again"
+    );
+    Refusal::DockerUnavailable { why }
 }
 
 /// A nonce that the program can't guess.

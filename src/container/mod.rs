@@ -4,10 +4,11 @@
 //! | --- | --- |
 //! | `process`, `message` | the process, and what the monitor says to it |
 //! | `office`, `server` | what all runs share; the conversation with the server |
-//! | `run`, `seat` | one run, from its launch to its end; where it is found meanwhile |
+//! | `run`, `flow`, `seat` | one run, from its launch to its end; its input and output; where it is found meanwhile |
 //! | `service` | the sockets of a container that is a gRPC service |
 //! | `ahead` | containers that wait for the next calls |
-//! | `make` | a container in which init waits, and its certain removal |
+//! | `make`, `queue` | a container in which init waits; whose turn it is to have one |
+//! | `inventory` | which containers are ours, and their certain removal |
 //! | `spec`, `image` | a policy in Docker's words; a root as an image |
 //! | `slot` | what a container sees of ours |
 //! | `verify` | what is in force in it, by the kernel's word |
@@ -20,14 +21,21 @@
 
 pub mod ahead;
 pub mod engine;
+#[cfg(test)]
+mod fake;
+pub mod flow;
 pub mod image;
+pub mod inventory;
 pub mod make;
+#[cfg(test)]
+mod make_tests;
 pub mod marks;
 pub mod message;
 pub mod office;
 pub mod owner;
 pub mod process;
 pub mod protocol;
+pub mod queue;
 pub mod run;
 pub mod seat;
 pub mod server;

@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use super::{
     ahead::Ahead,
-    engine::Engine,
+    engine::{Engine, Patience},
     make::Maker,
     message::ContainerConfig,
     run::{self, Task},
@@ -96,7 +96,7 @@ impl Office {
     pub fn open(config: ContainerConfig, descriptors: u64) -> io::Result<Self> {
         let runs_max = descriptors.saturating_sub(OWN_DESCRIPTORS) / RUN_DESCRIPTORS;
         Ok(Self {
-            maker: Maker::new(Engine::new(config.socket), &config.directory)?,
+            maker: Maker::new(Engine::new(config.socket, Patience::USUAL), &config.directory)?,
             ahead: Arc::default(),
             sets: Mutex::default(),
             runs: Mutex::default(),

@@ -15,7 +15,9 @@ use std::{
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
-use super::{ahead::Ahead, make::Maker, message::FromMonitor, office::Office, server::Server};
+use super::{
+    ahead::Ahead, inventory::Inventory, message::FromMonitor, office::Office, server::Server,
+};
 use crate::{jail::message::MESSAGE_MAX, observe, packets::Packets, sys};
 
 /// The process's name and argv[0].
@@ -28,6 +30,8 @@ const FAREWELL: Duration = Duration::from_secs(8);
 /// How long after a sweep that failed, or went well, the next one comes.
 const SWEEP_AGAIN: Duration = Duration::from_secs(2);
 const SWEEP_LATER: Duration = Duration::from_secs(300);
+/// The same while leftovers of our own are likely.
+const SWEEP_IN_DOUBT: Duration = Duration::from_secs(10);
 /// How often containers that wait for calls are looked through.
 const REVIEW: Duration = Duration::from_secs(60);
 /// How long a server that is lost has a successor waited for: then the monitor is to start
@@ -81,7 +85,7 @@ async fn work(monitor: OwnedFd, descriptors: u64) -> io::Result<bool> {
         return Err(io::Error::other("the monitor's first message was no configuration"));
     };
     let office = Arc::new(Office::open(config, descriptors)?);
-    let sweeping = tokio::spawn(sweep(Arc::clone(office.maker())));
+    let sweeping = tokio::spawn(sweep(Arc::clone(office.maker().inventory())));
     let reviewing = tokio::spawn(review(Arc::clone(office.ahead())));
     let mut serving = None;
     let heard = listen(&monitor, &mut buffer, &office, &mut serving).await;
@@ -94,8 +98,8 @@ async fn work(monitor: OwnedFd, descriptors: u64) -> io::Result<bool> {
         serving.abort();
     }
     office.stop_all();
-    let removed = tokio::time::timeout(FAREWELL, office.maker().all_removed()).await.is_ok();
-    heard.map(|()| removed)
+    let removed = tokio::time::timeout(FAREWELL, office.maker().all_removed()).await;
+    heard.map(|()| removed.unwrap_or(false))
 }
 
 /// The conversation with the monitor, until it is at its end or we aren't needed.
@@ -153,16 +157,23 @@ async fn hear(
 }
 
 /// Removes what dead dispatchers left: at the start, as soon as Docker can be asked, and
-/// now and then, as others die.
-async fn sweep(maker: Arc<Maker>) {
+/// now and then, as others die. The same of our own that Docker made too late.
+async fn sweep(inventory: Arc<Inventory>) {
     let mut told = false;
     loop {
-        let swept = maker.sweep().await;
+        let swept = inventory.sweep().await;
         if let (Err(error), false) = (&swept, told) {
-            warn!("containers that a dead dispatcher may have left can't be removed yet: {error}");
+            warn!("containers that were left, if any, can't be removed yet: {error}");
         }
         told = swept.is_err();
-        tokio::time::sleep(if told { SWEEP_AGAIN } else { SWEEP_LATER }).await;
+        if told {
+            tokio::time::sleep(SWEEP_AGAIN).await;
+        } else if inventory.is_in_doubt() {
+            tokio::time::sleep(SWEEP_IN_DOUBT).await;
+        } else {
+            // Either is a reason to look.
+            let _ = tokio::time::timeout(SWEEP_LATER, inventory.doubted()).await;
+        }
     }
 }
 

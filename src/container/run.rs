@@ -6,20 +6,19 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use bollard::container::LogOutput;
 use tokio::{
     io::AsyncWriteExt as _,
     net::unix::pipe,
     sync::mpsc,
     time::{sleep_until, timeout, timeout_at},
 };
-use tokio_stream::StreamExt as _;
+use tracing::debug;
 
 use super::{
     ahead::Ahead,
     engine::Streams,
-    make::{self, Container, Maker},
-    marks::Marked,
+    flow::{Output, feed},
+    make::{self, Container, Maker, Order},
     protocol::{Header, NONCE_LEN, Record, Verdict},
     seat::{self, Seat},
     server::Server,
@@ -51,10 +50,10 @@ const BEGIN_WAIT: Duration = Duration::from_secs(29);
 const TEARDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How long output may still be on its way through Docker once all is over.
 const OUTPUT_WAIT: Duration = Duration::from_secs(2);
+/// How long Docker may take to say how a container ended.
+const INSPECT_WAIT: Duration = Duration::from_secs(2);
 /// Least and most time between two looks at the CPU time.
 const CPU_STEP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(60));
-/// Bytes of input that are copied at once.
-const PIECE: usize = 64 << 10;
 
 /// A launch that was checked against its template.
 pub struct Task {
@@ -84,15 +83,7 @@ pub async fn run(
     server: &Arc<Server>,
 ) -> FromLauncher {
     let run = task.launch.run;
-    let made = match ahead.take(maker, &task) {
-        Some(waited) => Ok(waited),
-        None => make_now(maker, &task, &mut stop).await,
-    };
-    let begun = match made {
-        Ok((container, streams)) => Begun::begin(container, streams, task, &mut stop).await,
-        Err(refusal) => Err(refusal),
-    };
-    let begun = match begun {
+    let begun = match begin(maker, ahead, task, &mut stop).await {
         Ok(begun) => begun,
         Err(refusal) => return FromLauncher::Refused { run, refusal },
     };
@@ -106,30 +97,115 @@ pub async fn run(
     }
 }
 
+/// Has the program started, in a container that waited for it or in one of its own.
+async fn begin(
+    maker: &Arc<Maker>,
+    ahead: &Arc<Ahead>,
+    task: Task,
+    stop: &mut mpsc::Receiver<StopCause>,
+) -> Result<Begun, Refusal> {
+    if let Some((container, mut streams)) = ahead.take(maker, &task) {
+        match tell(&container, &mut streams, &task).await {
+            Ok(nonce) => return Begun::begin(container, streams, task, nonce, stop).await,
+            // Docker was away since, and all that were made before have lost their streams.
+            // Init has not been told all, so that the program was not begun.
+            Err(Untold::Deaf(why)) => {
+                debug!(why, %task.launch.run, "a container made ahead can't be spoken to");
+                ahead.empty();
+            }
+            Err(Untold::Refused(refusal)) => return Err(refusal),
+        }
+    }
+    let (container, mut streams) = make_now(maker, &task, stop).await?;
+    let nonce = tell(&container, &mut streams, &task).await.map_err(|untold| match untold {
+        Untold::Deaf(why) => {
+            Refusal::DockerUnavailable { why: format!("the container can't be spoken to: {why}") }
+        }
+        Untold::Refused(refusal) => refusal,
+    })?;
+    Begun::begin(container, streams, task, nonce, stop).await
+}
+
 /// A container for this call, unless it is stopped before.
 async fn make_now(
     maker: &Arc<Maker>,
     task: &Task,
     stop: &mut mpsc::Receiver<StopCause>,
 ) -> Result<(Container, Streams), Refusal> {
-    let maker = Arc::clone(maker);
-    let (launch, checked) = (task.launch.clone(), task.checked.clone());
-    let (template, filter) = (Arc::clone(&task.template), Arc::clone(&task.filter));
+    let order = Order {
+        launch: task.launch.clone(),
+        run: Some(task.launch.run),
+        template: Arc::clone(&task.template),
+        filter: Arc::clone(&task.filter),
+        checked: task.checked.clone(),
+    };
+    let mut late = std::pin::pin!(sleep_until((task.received + MAKE_WAIT).into()));
+    let too_late = || {
+        let seconds = MAKE_WAIT.as_secs();
+        let why = format!("Docker made no container within {seconds} s");
+        Refusal::DockerUnavailable { why }
+    };
+    let ready = tokio::select! {
+        ready = maker.prepare(order) => ready?,
+        _ = stop.recv() => return Err(Refusal::Ending),
+        () = &mut late => return Err(too_late()),
+    };
     // To its end in any case: see `make`.
-    let making = tokio::spawn(async move {
-        maker.make(&template, &filter, &launch, Some(launch.run), &checked).await
-    });
-    tokio::select! {
-        made = making => made.unwrap_or_else(|panic| {
+    let mut making = {
+        let maker = Arc::clone(maker);
+        tokio::spawn(async move { maker.make(ready).await })
+    };
+    let refusal = tokio::select! {
+        made = &mut making => return made.unwrap_or_else(|panic| {
             let why = format!("making the container failed: {panic}");
             Err(Refusal::Docker { why })
         }),
-        _ = stop.recv() => Err(Refusal::Ending),
-        () = tokio::time::sleep(MAKE_WAIT) => {
-            let why = format!("Docker made no container within {} s", MAKE_WAIT.as_secs());
-            Err(Refusal::DockerUnavailable { why })
-        }
+        _ = stop.recv() => Refusal::Ending,
+        () = &mut late => too_late(),
+    };
+    let forsaken = maker.queue().forsake(&task.launch.namespace);
+    tokio::spawn(async move {
+        drop(making.await);
+        drop(forsaken);
+    });
+    Err(refusal)
+}
+
+/// Why init wasn't told its program.
+enum Untold {
+    /// Docker doesn't pass on what is said to it.
+    Deaf(String),
+    /// It can't be said.
+    Refused(Refusal),
+}
+
+/// Gives init the executable, and the program's argv and environment: the nonce by which
+/// it answers.
+async fn tell(
+    container: &Container,
+    streams: &mut Streams,
+    task: &Task,
+) -> Result<[u8; NONCE_LEN], Untold> {
+    let failed = |step: &str, error: &io::Error| Untold::Refused(failed(step, error));
+    let (slot, executable) = (&container.slot, &task.fds.executable);
+    // Of any size, and to a disk.
+    tokio::task::block_in_place(|| slot.place(executable, task.launch.executable_size))
+        .map_err(|error| failed("executable", &error))?;
+    let nonce = make::nonce().map_err(|error| failed("nonce", &error))?;
+    let message = message(nonce, task).map_err(|error| failed("call", &error))?;
+    if let Some(mut cgroup) = container.cgroup() {
+        cgroup.start_measuring().map_err(|error| failed("cgroup", &error))?;
     }
+    timeout(SPEAK_WAIT, streams.input.write_all(&message))
+        .await
+        .map_err(|_| Untold::Deaf("it takes nothing".to_owned()))?
+        .map_err(|error| Untold::Deaf(error.to_string()))?;
+    Ok(nonce)
+}
+
+fn failed(step: &str, error: &io::Error) -> Refusal {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    Refusal::Step { step: format!("container.{step}"), index: 0, errno }
 }
 
 /// A program that was started.
@@ -158,38 +234,17 @@ enum Over {
 }
 
 impl Begun {
-    /// Gives init the executable, and the program's argv and environment.
+    /// Follows init, which was told everything, to the program's start.
     async fn begin(
         container: Container,
-        mut streams: Streams,
+        streams: Streams,
         task: Task,
+        nonce: [u8; NONCE_LEN],
         stop: &mut mpsc::Receiver<StopCause>,
     ) -> Result<Self, Refusal> {
-        let failed = |step: &str, error: &io::Error| Refusal::Step {
-            step: format!("container.{step}"),
-            index: 0,
-            errno: error.raw_os_error().unwrap_or(libc::EIO),
-        };
-        let fds = &task.fds;
-        let (slot, executable) = (&container.slot, &fds.executable);
-        // Of any size, and to a disk.
-        tokio::task::block_in_place(|| slot.place(executable, task.launch.executable_size))
-            .map_err(|error| failed("executable", &error))?;
         let pipe = |fd: &std::os::fd::OwnedFd| pipe::Sender::from_owned_fd(fd.try_clone()?);
-        let stdout = pipe(&fds.stdout).map_err(|error| failed("stdout", &error))?;
-        let stderr = pipe(&fds.stderr).map_err(|error| failed("stderr", &error))?;
-        let nonce = make::nonce().map_err(|error| failed("nonce", &error))?;
-        let message = message(nonce, &task).map_err(|error| failed("call", &error))?;
-        if let Some(mut cgroup) = container.cgroup() {
-            cgroup.start_measuring().map_err(|error| failed("cgroup", &error))?;
-        }
-        let deaf = |why: String| Refusal::DockerUnavailable {
-            why: format!("the container can't be spoken to: {why}"),
-        };
-        timeout(SPEAK_WAIT, streams.input.write_all(&message))
-            .await
-            .map_err(|_| deaf("it takes nothing".to_owned()))?
-            .map_err(|error| deaf(error.to_string()))?;
+        let stdout = pipe(&task.fds.stdout).map_err(|error| failed("stdout", &error))?;
+        let stderr = pipe(&task.fds.stderr).map_err(|error| failed("stderr", &error))?;
         let listening = match &container.service {
             Some(service) => {
                 let until = (Instant::now() + LISTENER_WAIT).min(task.received + BEGIN_WAIT);
@@ -212,7 +267,7 @@ impl Begun {
     ) -> Result<End, Refusal> {
         let Self { container, streams, task, nonce, setup, started, stdout, stderr, .. } = self;
         let mut output = Output::new(nonce, stdout, stderr);
-        let mut usage = None;
+        let (mut usage, mut oom) = (None, Oom::None);
         let wall;
         let over = {
             let (input, source) = (streams.input, &task.fds.stdin);
@@ -227,7 +282,10 @@ impl Begun {
                         Some(record) => break Over::Told(record),
                         // Docker's end of it may come before we see init's.
                         None => match timeout(OUTPUT_WAIT, container.gone()).await {
-                            Ok(()) => break Over::Died,
+                            Ok(()) => {
+                                (usage, oom) = container.last_counts();
+                                break Over::Died;
+                            }
                             Err(_) => break Over::Parted,
                         },
                     },
@@ -236,6 +294,8 @@ impl Begun {
                     }
                     cause = &mut timing => break Over::Stopped(cause),
                     () = container.gone() => {
+                        // At once: with its last process Docker removes the cgroups.
+                        (usage, oom) = container.last_counts();
                         // What it wrote may still be on its way, even its records.
                         match timeout(OUTPUT_WAIT, &mut reading).await {
                             Ok(Some(record)) => break Over::Told(record),
@@ -258,7 +318,7 @@ impl Begun {
             over
         };
         let run = task.launch.run;
-        let closing = Closing { container, task, setup, wall, usage };
+        let closing = Closing { container, task, setup, wall, usage, oom };
         match over {
             Over::Told(Record { verdict: Verdict::NotStarted(errno), .. }) => {
                 Err(Refusal::Exec { errno: errno.cast_signed() })
@@ -284,8 +344,10 @@ struct Closing {
     task: Task,
     setup: Duration,
     wall: Duration,
-    /// From before it was killed.
+    /// From before it was killed, or right after it died.
     usage: Option<Usage>,
+    /// The same, of one that died.
+    oom: Oom,
 }
 
 impl Closing {
@@ -303,15 +365,22 @@ impl Closing {
 
     /// Somebody else killed init: the kernel for want of memory, or a person.
     async fn died(self) -> End {
-        let maker = self.container.maker();
-        let state = maker.engine.inspect(&self.container.id).await;
-        let state = state.map(|found| found.state.unwrap_or_default());
         let end = self.end();
-        match state {
-            Ok(state) if state.oom_killed == Some(true) => End { oom: Oom::Own, ..end },
-            Ok(_) => End { lost: Some("the container was ended from outside".into()), ..end },
-            Err(error) => End { lost: Some(error.to_string()), ..end },
+        if self.oom != Oom::None {
+            return End { oom: self.oom, ..end };
         }
+        let asked = self.container.engine().inspect(&self.container.id);
+        let lost = match timeout(INSPECT_WAIT, asked).await {
+            Ok(Ok(found)) => {
+                if found.state.is_some_and(|state| state.oom_killed == Some(true)) {
+                    return End { oom: Oom::Own, ..end };
+                }
+                "the container was ended from outside".to_owned()
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "Docker doesn't say how the container ended: see its log".to_owned(),
+        };
+        End { lost: Some(lost), ..end }
     }
 
     /// We end it. What can't be killed is waited for beside, and counts until it is gone.
@@ -428,80 +497,6 @@ fn cores(checked: &Checked) -> f64 {
     given.clamp(0.001, all)
 }
 
-/// Both streams, on their way to the server.
-struct Output {
-    stdout: (Marked, Option<pipe::Sender>),
-    stderr: (Marked, Option<pipe::Sender>),
-}
-
-impl Output {
-    fn new(nonce: [u8; NONCE_LEN], stdout: pipe::Sender, stderr: pipe::Sender) -> Self {
-        Self {
-            stdout: (Marked::new(nonce), Some(stdout)),
-            stderr: (Marked::new(nonce), Some(stderr)),
-        }
-    }
-
-    /// Passes all on until both have ended with the same record. `None`: without.
-    async fn read(
-        &mut self,
-        mut output: impl tokio_stream::Stream<Item = Result<LogOutput, bollard::errors::Error>> + Unpin,
-    ) -> Option<Record> {
-        while let Some(Ok(piece)) = output.next().await {
-            let ((marked, sender), bytes) = match piece {
-                LogOutput::StdOut { message } => (&mut self.stdout, message),
-                LogOutput::StdErr { message } => (&mut self.stderr, message),
-                LogOutput::StdIn { .. } | LogOutput::Console { .. } => continue,
-            };
-            pass_on(sender, &marked.take(&bytes)).await;
-            let (first, second) = (self.stdout.0.record(), self.stderr.0.record());
-            if first.is_some() && first == second {
-                return first;
-            }
-        }
-        for (marked, sender) in [&mut self.stdout, &mut self.stderr] {
-            pass_on(sender, &marked.rest()).await;
-        }
-        None
-    }
-}
-
-/// Writes to the server's pipe, which holds the program up while it is full. Nobody
-/// there any more: it is discarded.
-async fn pass_on(sender: &mut Option<pipe::Sender>, bytes: &[u8]) {
-    if let Some(pipe) = sender
-        && pipe.write_all(bytes).await.is_err()
-    {
-        *sender = None;
-    }
-}
-
-/// Gives the program its input, and then the end of it. A program that reads none of it,
-/// or is gone, is no error.
-async fn feed(
-    mut input: std::pin::Pin<Box<dyn tokio::io::AsyncWrite + Send>>,
-    source: &std::os::fd::OwnedFd,
-) {
-    let mut piece = vec![0; PIECE];
-    let mut offset = 0;
-    loop {
-        // A sealed memfd: reading it waits for nothing.
-        let length = match rustix::io::pread(source, &mut piece[..], offset) {
-            Ok(0) => break,
-            Ok(length) => length,
-            Err(rustix::io::Errno::INTR) => continue,
-            // Half of it must not look like the whole.
-            Err(_) => return std::future::pending().await,
-        };
-        if input.write_all(&piece[..length]).await.is_err() {
-            return;
-        }
-        offset += length as u64;
-    }
-    // The end of its input; the connection itself stays, for its output.
-    let _ = input.shutdown().await;
-}
-
 /// What init is told: the header, and the strings.
 fn message(nonce: [u8; NONCE_LEN], task: &Task) -> io::Result<Vec<u8>> {
     let mut strings = match &task.launch.interpreter {
@@ -520,4 +515,69 @@ fn message(nonce: [u8; NONCE_LEN], task: &Task) -> io::Result<Vec<u8>> {
     let mut message = header.encode().to_vec();
     message.extend_from_slice(&strings);
     Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::container::fake::{Answer, FakeDocker, until};
+
+    fn task(namespace: &str) -> Task {
+        let Order { launch, template, filter, checked, .. } = Order::of(namespace);
+        let null = || std::fs::File::open("/dev/null").unwrap().into();
+        let fds = LaunchFds::of((0..5).map(|_| null()).collect()).unwrap();
+        Task { launch, fds, checked, template, filter, is_current: true, received: Instant::now() }
+    }
+
+    /// Who goes away is answered at once, and until Docker is done with what it was asked
+    /// for, the next of the same namespace waits.
+    #[tokio::test]
+    async fn what_is_made_for_nobody_counts_until_it_is_over() {
+        let go_on = Arc::new(Notify::new());
+        let docker = {
+            let go_on = Arc::clone(&go_on);
+            FakeDocker::start(move |asked, _| match &*asked.what {
+                "POST /containers/create" => {
+                    Answer::After(Arc::clone(&go_on), 500, json!({ "message": "too late" }))
+                }
+                what if what.starts_with("DELETE ") => Answer::Now(404, json!({ "message": "" })),
+                _ => Answer::Now(200, json!({})),
+            })
+        };
+        let maker = docker.patient_maker();
+        let creates = || docker.asked("POST /containers/create").len();
+        let (stop, mut stopped) = mpsc::channel(4);
+        let first = task("a");
+        let mut making = std::pin::pin!(make_now(&maker, &first, &mut stopped));
+        tokio::select! {
+            _ = &mut making => panic!("it isn't made yet"),
+            () = until("it is being made", || creates() == 1) => {}
+        }
+        stop.try_send(StopCause::Cancelled).unwrap();
+        let answered = timeout(Duration::from_secs(20), making).await.expect("an answer at once");
+        assert_eq!(answered.err(), Some(Refusal::Ending));
+
+        let (_stop, mut stopped) = mpsc::channel(4);
+        let second = task("a");
+        let mut making = std::pin::pin!(make_now(&maker, &second, &mut stopped));
+        let other = task("b");
+        let (_stop, mut stopped) = mpsc::channel(4);
+        let mut others = std::pin::pin!(make_now(&maker, &other, &mut stopped));
+        tokio::select! {
+            _ = &mut making => panic!("it isn't made yet"),
+            _ = &mut others => panic!("it isn't made yet"),
+            () = until("another namespace's is being made", || creates() == 2) => {}
+        }
+        go_on.notify_waiters();
+        tokio::select! {
+            _ = &mut making => panic!("it isn't made yet"),
+            () = until("its turn came", || creates() == 3) => {}
+        }
+        go_on.notify_waiters();
+        let refused = timeout(Duration::from_secs(20), making).await.unwrap().err();
+        assert!(matches!(refused, Some(Refusal::Docker { .. })), "{refused:?}");
+    }
 }
