@@ -2,6 +2,8 @@
 //! callers are told, and calls work again.
 
 mod common;
+#[path = "container_ends/proxy.rs"]
+mod proxy;
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use common::{
 };
 use dispatcher::wire::{Verdict, status::Code};
 use nix::sys::signal::Signal;
+use proxy::Proxy;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -232,4 +235,110 @@ fn many_calls_at_once() {
     }
     assert!(started.elapsed() < Duration::from_millis(scaled_ms(60_000)));
     nothing_left(&docker, &namespace);
+}
+
+/// Callers whose time is over before their container is made: what Docker was asked for goes
+/// on, and none of it keeps another namespace waiting.
+#[test]
+fn callers_who_go_away_keep_nobody_waiting() {
+    let docker = needs_docker!();
+    let (hasty, other) = (own_namespace(), own_namespace());
+    let policy = "[limits]\nmemory = \"32MiB\"\n[admission]\nconcurrency = 16\n";
+    let own = Dispatcher::start([(&*hasty, container(policy)), (&*other, container(policy))]);
+    let usual = own.run(&other, "act", &[]).ok().elapsed;
+    for _ in 0..13 {
+        let call = || Call::new(&hasty, "act").rpc_deadline(Duration::from_millis(150));
+        let begun: Vec<_> = (0..16).map(|_| own.begin(call())).collect();
+        // The client's own clock may be the first.
+        begun.into_iter().for_each(|call| drop(call.finish()));
+    }
+    let reply = own.run(&other, "act", &["print", "there"]).ok();
+    assert_eq!(reply.text(), "there");
+    // Before it are a queue of 16 at most, and four that are being made.
+    let limit = patience(Duration::from_secs(2)).max(10 * usual);
+    assert!(reply.elapsed < limit, "{:?}, else {usual:?}", reply.elapsed);
+    nothing_left(&docker, &hasty);
+    nothing_left(&docker, &other);
+}
+
+/// Of one that was made ahead the streams may have ended, and nobody sees it from the
+/// container: that costs no call.
+#[test]
+fn containers_made_ahead_that_can_no_longer_be_spoken_to() {
+    let docker = needs_docker!();
+    let namespace = own_namespace();
+    let proxy = Proxy::start(&docker.socket);
+    let own = Settings::new([(&*namespace, container("[container]\nahead = 1\n"))])
+        .docker(&proxy.socket)
+        .start();
+    let label = format!("dispatcher.namespace={namespace}");
+    let waiting = || {
+        let all = docker.labelled(&[&label]);
+        let [one] = &all[..] else { return None };
+        // The call's own has its run's name.
+        let made_ahead = docker.inspect(one)["Config"]["Labels"]["dispatcher.run"].is_null();
+        made_ahead.then(|| one.clone())
+    };
+    for _ in 0..3 {
+        let call = || Call::new(&namespace, "act").args(&["print", "heard"]);
+        assert_eq!(own.call(call()).ok().text(), "heard");
+        let left = wait_for("one waits for a call", LIMIT, waiting);
+        let pid = docker.inspect(&left)["State"]["Pid"].as_i64().unwrap();
+        let init = host::Process::read(i32::try_from(pid).unwrap()).expect("its init runs");
+        proxy.cut();
+        assert_eq!(own.call(call()).ok().text(), "heard");
+        all_gone(&[init], LIMIT);
+    }
+    own.stop();
+    nothing_left(&docker, &namespace);
+}
+
+/// The kernel has told how it ended before Docker says anything, and Docker may say nothing.
+#[test]
+fn killed_for_want_of_memory_while_docker_is_silent() {
+    let docker = needs_docker!();
+    let namespace = own_namespace();
+    let proxy = Proxy::start(&docker.socket);
+    let own = Settings::new([(&*namespace, container("[limits]\nmemory = \"32MiB\"\n"))])
+        .docker(&proxy.socket)
+        .start();
+    let name = token();
+    let args = ["child-memory-then-wait", "67108864", &name];
+    let running = own.begin(Call::new(&namespace, "hog").args(&args));
+    wait_until("a child of it was killed", LIMIT, || {
+        assert!(!running.is_over(), "the log:\n{}", own.log_tail());
+        !host::named(&name).is_empty()
+    });
+    let init = host::Process::read(host::named(&name)[0].parent).expect("init is its parent");
+    proxy.hold(true);
+    init.signal(Signal::SIGKILL);
+    let reply = running.finish().unwrap();
+    let reply = reply.expect(Code::ResourceExhausted, Verdict::OutOfMemory, "out_of_memory");
+    assert!(reply.elapsed < patience(LIMIT), "{:?}", reply.elapsed);
+    proxy.hold(false);
+    nothing_left(&docker, &namespace);
+    own.stop();
+}
+
+/// With as many as there are, each has little time.
+#[test]
+fn an_end_in_order_of_many() {
+    let docker = needs_docker!();
+    let namespace = own_namespace();
+    let many = 40;
+    let policy = format!(
+        "[limits]\nmemory = \"16MiB\"\n[admission]\nconcurrency = {many}\nqueue_timeout = \"1m\"\n"
+    );
+    let own =
+        Settings::new([(&*namespace, container(&policy))]).arg("--drain-timeout=100ms").start();
+    let name = token();
+    let call = || Call::new(&namespace, "act").args(&["name", &name, "forever"]);
+    let begun: Vec<_> = (0..many).map(|_| own.begin(call())).collect();
+    wait_until("all of them run", Duration::from_secs(60), || {
+        assert!(!begun.iter().any(Running::is_over), "the log:\n{}", own.log_tail());
+        host::named(&name).len() == many
+    });
+    own.stop();
+    let label = format!("dispatcher.namespace={namespace}");
+    assert!(docker.labelled(&[&label]).is_empty(), "containers are left");
 }

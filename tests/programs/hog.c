@@ -210,6 +210,10 @@ int main(int argc, char **argv)
 	else if (is(way, "child-memory-then-exit")) {
 		child_memory(number(text));
 		return 9;
+	} else if (is(way, "child-memory-then-wait")) { /* under a name that tells that it waits */
+		child_memory(number(text));
+		prctl(PR_SET_NAME, argv[3]);
+		forever();
 	} else if (is(way, "read"))
 		read_through(text);
 	else if (is(way, "cpu"))
