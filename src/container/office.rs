@@ -26,7 +26,7 @@ use crate::{
     jail::{
         check,
         message::{Exhausted, FromLauncher, FromServer, Launch, LaunchFds, Refusal, StopCause},
-        plan::{CONTAINER_MEMORY_MIN, Control, Mode, SETS_KEPT, Template, TemplateId, TemplateSet},
+        plan::{Control, Mode, SETS_KEPT, Template, TemplateId, TemplateSet},
     },
     names::{Digest, Namespace, RunId},
 };
@@ -292,9 +292,8 @@ impl Office {
             );
             return Err(Refusal::ControlUnavailable { control: Control::Seccomp, why });
         }
-        if checked.memory.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
-            let why = "Docker gives no limit below 6MiB: ask for more memory".to_owned();
-            return Err(Refusal::ControlUnavailable { control: Control::CgroupMemory, why });
+        if let Some((control, why)) = spec::too_little(&checked) {
+            return Err(Refusal::ControlUnavailable { control, why: why.to_owned() });
         }
         Ok(Task { launch, fds, checked, template, filter, is_current, received })
     }

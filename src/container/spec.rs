@@ -17,7 +17,7 @@ use crate::{
         blueprint::BindPiece,
         check::Checked,
         limits::resource_limits,
-        plan::{Control, Network, Template},
+        plan::{CONTAINER_CPUS_MIN, CONTAINER_MEMORY_MIN, Control, Network, Template},
         seccomp::{docker, filter::FilterError, syscalls},
     },
     units::Limit,
@@ -31,6 +31,10 @@ pub const SLOT_TARGET: &str = "/run/dispatcher";
 
 /// Processes of a container besides the program's: init.
 const OURS: u64 = 1;
+
+/// Of this many µs the program has its share. Docker's `NanoCpus` has the same one, but
+/// more processors than the host has are an error to it, not merely no limit.
+const CPU_PERIOD: i64 = 100_000;
 
 /// More than this makes the kernel's table of descriptors itself expensive.
 const OPEN_FILES_MAX: u64 = 1 << 16;
@@ -116,6 +120,20 @@ pub fn lacks_for_init(template: &Template) -> Option<&'static str> {
     INIT_CALLS.into_iter().chain(service).find(|name| {
         syscalls::number(name).is_none_or(|number| !template.syscalls.allowed.contains_key(&number))
     })
+}
+
+/// What a call asks for so little of that Docker can't give it: the control, and why.
+#[must_use]
+pub fn too_little(checked: &Checked) -> Option<(Control, &'static str)> {
+    if checked.memory.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
+        let why = "Docker gives no memory limit below 6MiB: ask for more memory";
+        return Some((Control::CgroupMemory, why));
+    }
+    if checked.cpus.finite().is_some_and(|cpus| cpus < CONTAINER_CPUS_MIN) {
+        let why = "a container gets no smaller share of processors than 0.01: ask for more cpus";
+        return Some((Control::CgroupCpu, why));
+    }
+    None
 }
 
 /// The controls that a container of this policy must have.
@@ -207,7 +225,8 @@ fn host_config(template: &Template, checked: &Checked, filter: &str) -> HostConf
     HostConfig {
         memory,
         memory_swap: memory.and(with_swap),
-        nano_cpus: checked.cpus.finite().map(|cpus| i64::from(cpus.0) * 1_000_000),
+        cpu_period: checked.cpus.finite().map(|_| CPU_PERIOD),
+        cpu_quota: checked.cpus.finite().map(|cpus| i64::from(cpus.0) * CPU_PERIOD / 1000),
         pids_limit: limits.pids.finite().map(|tasks| signed(tasks.saturating_add(OURS))),
         ulimits: Some(ulimits(template)),
         network_mode: Some(network(template.network).to_owned()),

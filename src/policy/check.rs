@@ -13,7 +13,7 @@ use super::{
 use crate::{
     jail::{
         message::LISTEN_VARIABLES,
-        plan::{CONTAINER_MEMORY_MIN, Mode, Network, Root},
+        plan::{CONTAINER_CPUS_MIN, CONTAINER_MEMORY_MIN, Mode, Network, Root},
         root,
         seccomp::deadly,
     },
@@ -40,6 +40,7 @@ pub fn faults(policy: &Effective) -> Vec<Fault> {
     environment(holds, &mut faults);
     let overrides = policy.overrides.iter().map(|special| &special.resolved);
     for holds in std::iter::once(holds).chain(overrides) {
+        container_limits(holds, &mut faults);
         instances(&holds.instances, &mut faults);
         service_files(holds, &mut faults);
     }
@@ -108,15 +109,6 @@ fn containers(holds: &Resolved, faults: &mut Vec<Fault>) {
     if !may_run_in(holds, Mode::Container) {
         return;
     }
-    let memory = &holds.limits.memory;
-    if memory.value.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
-        let message = "limits.memory is less than the 6MiB that Docker gives at least";
-        faults.push(Fault::new(
-            &memory.place,
-            message,
-            "write \"6MiB\" or more, or mode = \"jail\"",
-        ));
-    }
     let root = &holds.filesystem.root;
     if !container.image.value.is_empty() && root.value != Root::Empty {
         let message = "filesystem.root can't be honoured in an image, which is a root of its own";
@@ -137,6 +129,49 @@ fn containers(holds: &Resolved, faults: &mut Vec<Fault>) {
                        can't map the program's user to the directory's owner";
         let help = "write read_only = true, or mode = \"jail\"";
         faults.push(Fault::new(&bind.place, message, help));
+    }
+    for bind in &holds.filesystem.bind.value.items {
+        let target = &bind.value.target;
+        let (why, help) = if target == Path::new("/etc") {
+            let why = "in which Docker couldn't mount its files";
+            (why, "bind what is in it, such as /etc/ssl")
+        } else if target.starts_with("/sys") {
+            ("which is hidden", "write a target outside of /sys")
+        } else {
+            continue;
+        };
+        let message = format!(
+            "filesystem.bind has the target \"{}\", {why} in container mode",
+            target.display()
+        );
+        faults.push(Fault::new(&bind.place, message, format!("{help}, or mode = \"jail\"")));
+    }
+}
+
+/// Limits that Docker can't give.
+fn container_limits(holds: &Resolved, faults: &mut Vec<Fault>) {
+    if !may_run_in(holds, Mode::Container) {
+        return;
+    }
+    let (memory, swap, cpus) = (&holds.limits.memory, &holds.limits.swap, &holds.limits.cpus);
+    if memory.value.finite().is_some_and(|bytes| bytes < CONTAINER_MEMORY_MIN) {
+        let message = "limits.memory is less than the 6MiB that Docker gives at least";
+        let help = "write \"6MiB\" or more, or mode = \"jail\"";
+        faults.push(Fault::new(&memory.place, message, help));
+    }
+    if cpus.value.finite().is_some_and(|share| share < CONTAINER_CPUS_MIN) {
+        let message = format!(
+            "limits.cpus is less than the {CONTAINER_CPUS_MIN} that a container gets at least"
+        );
+        let help = format!("write {CONTAINER_CPUS_MIN} or more, or mode = \"jail\"");
+        faults.push(Fault::new(&cpus.place, message, help));
+    }
+    if memory.value.finite().is_none() && swap.value.finite().is_some() {
+        let message = "limits.swap can't be honoured in container mode beside unlimited memory: \
+                       Docker limits both together";
+        let help = "write swap = \"unlimited\" as well, limit memory, or write mode = \"jail\"";
+        let place = if swap.place.is_written() { &swap.place } else { &memory.place };
+        faults.push(Fault::new(place, message, help));
     }
 }
 

@@ -167,6 +167,24 @@ fn container_mode_refuses_what_docker_cannot_do() {
         ),
         ("[container]\npull = true", "2:8: container.pull is true"),
         ("mode = \"container\"\n[limits]\nmemory = \"5MiB\"", "3:10: limits.memory is less"),
+        (
+            "mode = \"container\"\n[service.\"a/b\"]\nlimits = { memory = \"5MiB\" }",
+            "3:21: limits.memory is less",
+        ),
+        (
+            "mode = \"container\"\n[filesystem]\nbind = [{ source = \"/srv\", target = \"/etc\" }]",
+            "3:9: filesystem.bind has the target \"/etc\"",
+        ),
+        (
+            "mode = \"container\"\n[filesystem]\nbind = [{ source = \"/srv\", target = \"/sys/x\" }]",
+            "3:9: filesystem.bind has the target \"/sys/x\"",
+        ),
+        ("mode = \"container\"\n[limits]\ncpus = 0.009", "3:8: limits.cpus is less"),
+        ("mode = \"container\"\n[limits]\nmemory = \"unlimited\"", "3:10: limits.swap can't"),
+        (
+            "mode = \"container\"\n[limits]\nmemory = \"unlimited\"\nswap = \"1MiB\"",
+            "4:8: limits.swap can't",
+        ),
     ] {
         let faults = faults_of(content);
         assert_eq!(faults.len(), 1, "{content} {faults:?}");
@@ -176,6 +194,12 @@ fn container_mode_refuses_what_docker_cannot_do() {
         "mode = \"container\"\n[container]\nimage = \"debian:12\"\npull = true",
         "mode = \"container\"\n[filesystem]\nroot = \"host\"",
         "[capabilities]\nkeep = [\"CAP_CHOWN\"]",
+        "[limits]\ncpus = 0.001\nmemory = \"unlimited\"",
+        "[filesystem]\nbind = [{ source = \"/srv\", target = \"/etc\" }]",
+        "mode = \"container\"\n[filesystem]\nbind = [{ source = \"/srv\", target = \"/etc/ssl\" }]",
+        "mode = \"container\"\n[limits]\ncpus = 0.01\nmemory = \"unlimited\"\nswap = \"unlimited\"",
+        // More processors than there may be.
+        "mode = \"container\"\n[limits]\ncpus = 512",
     ] {
         assert_eq!(faults_of(content), [""; 0], "{content}");
     }
