@@ -17,6 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
 use super::{
+    demand,
     engine::{Engine, EngineError, Streams},
     image::ContainerRoot,
     inventory::{EXISTING_MAX, Inventory, Removal},
@@ -30,7 +31,7 @@ use super::{
 use crate::{
     jail::{
         blueprint::RootPlan,
-        cgroup::{Cgroup, CgroupLimits, Usage},
+        cgroup::{Cgroup, Usage},
         check::Checked,
         message::{Launch, Oom, Refusal},
         plan::{Control, Root, Template},
@@ -45,7 +46,7 @@ const KILL_AGAIN: Duration = Duration::from_millis(50);
 /// How long a container that was started may take to come to its init: with a small share
 /// of a processor that is long.
 const INIT_WAIT: Duration = Duration::from_secs(10);
-/// The same under a runtime that may have a kernel of its own, where init is never seen.
+/// The same under a runtime in whose last container no init was seen.
 const INIT_WAIT_IN_VAIN: Duration = Duration::from_millis(500);
 /// How long a call waits for an image that is being pulled: less than the server waits
 /// for a start.
@@ -61,6 +62,9 @@ pub struct Maker {
     directory: PathBuf,
     /// Images that are being pulled.
     pulling: Mutex<HashSet<String>>,
+    /// Runtimes that the policies name and whose containers can't be looked into, which have
+    /// a kernel of their own.
+    opaque: Mutex<HashSet<String>>,
 }
 
 /// What a container is made for.
@@ -181,6 +185,7 @@ impl Maker {
             queue: Queue::new(),
             directory,
             pulling: Mutex::default(),
+            opaque: Mutex::default(),
         }))
     }
 
@@ -224,7 +229,7 @@ impl Maker {
         // from before it exists, as a create that is given up may have created it.
         let name = format!("dispatcher-made-{}", random()?);
         let mut removal = self.inventory.enter(name.clone()).ok_or_else(too_many)?;
-        let slot = Slot::make(&self.directory, &name).map_err(|error| step("slot", &error))?;
+        let slot = Slot::make(&self.directory, &name).map_err(|error| unplaced("slot", &error))?;
         let host_name = format!("run-{}", random()?);
         let making = Making {
             image: &image,
@@ -253,8 +258,10 @@ impl Maker {
         self.engine.start(&id).await?;
         let state = self.engine.inspect(&id).await?.state.unwrap_or_default();
         let pid = state.pid.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-        let ended =
-            || EngineError::Refused(format!("the container ended at once: {:?}", state.error));
+        let ended = || {
+            let why = state.error.as_deref().filter(|why| !why.is_empty()).unwrap_or("no reason");
+            EngineError::Refused(format!("the container ended at once ({why}); {ADVICE}"))
+        };
         let pid = pid.ok_or_else(ended)?;
         let pidfd =
             pidfd_open(pid, PidfdFlags::empty()).map_err(|error| step("pidfd", &error.into()))?;
@@ -264,8 +271,10 @@ impl Maker {
         if still != state.pid {
             return Err(ended().into());
         }
-        await_init(pid, &slot.init(), template).await;
-        let (cgroup, enforced) = look(template, pid, &id, &slot, checked)?;
+        if !self.await_init(pid, &init, &slot.init(), &template.container.runtime).await {
+            return Err(ended().into());
+        }
+        let (cgroup, enforced) = demand::look(template, pid, &id, &slot, checked)?;
         let service = template.listens.then(|| Service::of(pid)).transpose();
         let service = service.map_err(|error| no_service(template, &error))?;
         let cgroup = cgroup.map(Mutex::new);
@@ -336,6 +345,38 @@ impl Maker {
             Ok(Ok(Err(error))) => Err(image(name, &format!("can't be pulled: {error}"))),
             Ok(Err(panic)) => Err(image(name, &format!("can't be pulled: {panic}"))),
         }
+    }
+
+    /// Docker says that a container was started a moment before it executes its entrypoint.
+    /// Returns when it has, or when that took too long: then it isn't to be seen from here.
+    /// Not, where it is dead.
+    async fn await_init(
+        &self,
+        pid: Pid,
+        pidfd: &AsyncFd<OwnedFd>,
+        init: &Path,
+        runtime: &str,
+    ) -> bool {
+        let opaque = || self.opaque.lock().unwrap_or_else(PoisonError::into_inner);
+        let patience = if opaque().contains(runtime) { INIT_WAIT_IN_VAIN } else { INIT_WAIT };
+        let deadline = tokio::time::Instant::now() + patience;
+        let mut pause = Duration::from_millis(1);
+        while !verify::is_init(pid, init) {
+            if tokio::time::Instant::now() >= deadline {
+                if !runtime.is_empty() {
+                    // Only for how long the next one is waited for: what holds in it is
+                    // told by what is seen of it.
+                    opaque().insert(runtime.to_owned());
+                }
+                return true;
+            }
+            if tokio::time::timeout(pause, pidfd.readable()).await.is_ok() {
+                return false;
+            }
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        opaque().remove(runtime);
+        true
     }
 
     /// Makes no more: those who wait for their turn are refused. What is left has little time.
@@ -410,99 +451,6 @@ fn check_source(source: &Path) -> Result<(), Refusal> {
     })
 }
 
-/// Docker says that a container was started a moment before it executes its entrypoint.
-/// Returns when it has, or when that took too long: then it isn't to be seen from here.
-async fn await_init(pid: Pid, init: &Path, template: &Template) {
-    let named = !template.container.runtime.is_empty();
-    let patience = if named { INIT_WAIT_IN_VAIN } else { INIT_WAIT };
-    let deadline = tokio::time::Instant::now() + patience;
-    let mut pause = Duration::from_millis(1);
-    while !verify::is_init(pid, init) && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(50));
-    }
-}
-
-/// What can be seen of a container from here, and whether it is all that is demanded.
-fn look(
-    template: &Template,
-    pid: Pid,
-    id: &str,
-    slot: &Slot,
-    checked: &Checked,
-) -> Result<(Option<Cgroup>, Vec<Control>), Refusal> {
-    let limits = CgroupLimits {
-        memory: checked.memory,
-        swap: template.limits.swap,
-        cpus: checked.cpus,
-        pids: template.limits.pids,
-    };
-    let failed = |error: io::Error| step("verify", &error);
-    let named = !template.container.runtime.is_empty();
-    let cgroup = match Cgroup::of_container(pid, id) {
-        Ok(cgroup) => cgroup,
-        // Another kernel's: then no limit of a cgroup's may be demanded.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && named => {
-            demand_sight(template)?;
-            return demand_cgroup(template, &[]).map(|()| (None, Vec::new()));
-        }
-        Err(error) => return Err(failed(error)),
-    };
-    let found = match verify::in_force(template, pid, &slot.init(), &cgroup, &limits) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            let why = "only root can look into a container and confirm what Docker was asked for: \
-                       run the dispatcher as root, or write mode = \"jail\"";
-            return Err(Refusal::ControlUnavailable { control: Control::NsPid, why: why.into() });
-        }
-        found => found.map_err(failed)?,
-    };
-    let in_force = match found {
-        Some(in_force) => in_force,
-        // What the named runtime gives is its own affair; the report names it.
-        None if named => {
-            demand_sight(template)?;
-            let in_force = cgroup.in_force(&limits);
-            return demand_cgroup(template, &in_force).map(|()| (Some(cgroup), in_force));
-        }
-        None => {
-            let why = "the container's init isn't to be seen among this host's processes, so that \
-                       nothing of what Docker was asked for can be confirmed: run the dispatcher \
-                       in the host's pid namespace";
-            return Err(Refusal::ControlUnavailable { control: Control::NsPid, why: why.into() });
-        }
-    };
-    match verify::lacking(template, &in_force, spec::demanded(template)) {
-        None if template.filesystem.tmp.is_some() && !verify::has_tmp(pid) => {
-            let name = &template.container.image;
-            Err(image(
-                name,
-                "has a /tmp that isn't writable by all: make it 1777, or write tmp = \"none\"",
-            ))
-        }
-        None => Ok((Some(cgroup), in_force)),
-        Some(control) => Err(Refusal::ControlUnavailable {
-            control,
-            why: "Docker was asked for it, and it isn't in force in the container; \
-                  `docker info` tells what this Docker can't do"
-                .into(),
-        }),
-    }
-}
-
-/// A service's sockets are in the container: where that isn't to be seen, nobody reaches
-/// them.
-fn demand_sight(template: &Template) -> Result<(), Refusal> {
-    if !template.listens {
-        return Ok(());
-    }
-    let why = format!(
-        "the runtime {} lets nobody into its containers, so that no gRPC service in one can be \
-         reached: name another in [container] runtime, or write mode = \"jail\"",
-        template.container.runtime
-    );
-    Err(Refusal::ControlUnavailable { control: Control::NsPid, why })
-}
-
 fn no_service(template: &Template, error: &io::Error) -> Refusal {
     let image = match &*template.container.image {
         "" => "",
@@ -511,21 +459,30 @@ fn no_service(template: &Template, error: &io::Error) -> Refusal {
     Refusal::Docker { why: format!("the service's sockets have no place: {error}{image}") }
 }
 
-/// Of a container into which nothing can be seen, its cgroup still can.
-fn demand_cgroup(template: &Template, in_force: &[Control]) -> Result<(), Refusal> {
-    let missing = verify::lacking(template, in_force, spec::demanded_of_cgroup(template));
-    missing.map_or(Ok(()), |control| {
-        let why = "the runtime puts the container into no cgroup in which it is in force; \
-                   name it in best_effort, or another runtime";
-        Err(Refusal::ControlUnavailable { control, why: why.into() })
-    })
-}
-
-fn image(name: &str, why: &str) -> Refusal {
+/// What is wrong with an image.
+pub(super) fn image(name: &str, why: &str) -> Refusal {
     Refusal::Image { why: format!("the image {name} {why}") }
 }
 
-fn step(step: &str, error: &io::Error) -> Refusal {
+/// Where Docker is slow, or does what it shouldn't.
+pub const ADVICE: &str = "see `docker info` and Docker's log, and send the call again";
+
+/// What couldn't be put where containers are shown it.
+#[must_use]
+pub fn unplaced(what: &str, error: &io::Error) -> Refusal {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Refusal::DockerUnavailable {
+            why: format!(
+                "there is no room for what the container is to be shown ({error}): make room \
+                 where [docker] directory is, or name another there, and send the call again"
+            ),
+        },
+        _ => step(what, error),
+    }
+}
+
+/// What failed by itself.
+pub(super) fn step(step: &str, error: &io::Error) -> Refusal {
     let errno = error.raw_os_error().unwrap_or(libc::EIO);
     Refusal::Step { step: format!("container.{step}"), index: 0, errno }
 }
@@ -547,21 +504,4 @@ pub fn nonce() -> io::Result<[u8; super::protocol::NONCE_LEN]> {
     // So few bytes come in one piece, getrandom(2).
     rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
     Ok(nonce)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_service_that_nobody_could_reach_is_refused() {
-        let mut template = crate::testing::template();
-        template.container.runtime = "runsc".to_owned();
-        assert_eq!(demand_sight(&template), Ok(()));
-        template.listens = true;
-        let Err(Refusal::ControlUnavailable { why, .. }) = demand_sight(&template) else {
-            panic!("it isn't refused")
-        };
-        assert!(why.contains("runsc"), "{why}");
-    }
 }

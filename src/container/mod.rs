@@ -11,7 +11,7 @@
 //! | `inventory` | which containers are ours, and their certain removal |
 //! | `spec`, `image` | a policy in Docker's words; a root as an image |
 //! | `slot` | what a container sees of ours |
-//! | `verify` | what is in force in it, by the kernel's word |
+//! | `verify`, `demand` | what is in force in it, by the kernel's word; whether that will do |
 //! | `engine` | Docker's API |
 //! | `owner` | whose a container is |
 //! | `init.rs`, `protocol`, `marks` | PID 1 of each container, a program of its own, and what it says |
@@ -20,6 +20,7 @@
 //! ended by the kernel's word, and is the last in it while usage is read.
 
 pub mod ahead;
+pub mod demand;
 pub mod engine;
 #[cfg(test)]
 mod fake;

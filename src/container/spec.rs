@@ -157,15 +157,7 @@ pub fn demanded(template: &Template) -> Vec<Control> {
     if !template.filesystem.tmp_exec {
         controls.push(Control::MemfdNoexec);
     }
-    controls.extend(demanded_of_cgroup(template));
-    controls
-}
-
-/// Those of them that are its cgroup's.
-#[must_use]
-pub fn demanded_of_cgroup(template: &Template) -> Vec<Control> {
     let limits = &template.limits;
-    let mut controls = Vec::new();
     for (control, limited) in [
         (Control::CgroupMemory, limits.memory.finite().is_some()),
         (Control::CgroupSwap, limits.swap.finite().is_some()),

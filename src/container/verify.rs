@@ -79,11 +79,12 @@ pub fn has_tmp(pid: Pid) -> bool {
 pub fn lacking(
     template: &Template,
     in_force: &[Control],
-    demanded: Vec<Control>,
-) -> Option<Control> {
+    mut demanded: Vec<Control>,
+) -> Vec<Control> {
     let best_effort =
         |control: &Control| template.best_effort.iter().any(|one| one.word() == control.word());
-    demanded.into_iter().find(|control| !in_force.contains(control) && !best_effort(control))
+    demanded.retain(|control| !in_force.contains(control) && !best_effort(control));
+    demanded
 }
 
 fn by_status(status: &str, template: &Template) -> Vec<Control> {
