@@ -62,7 +62,7 @@ fn the_program_has_its_socket_and_nothing_else() {
     assert_eq!(all(&told, "/run/grpc"), [""; 0]);
     let mut slot = all(&told, "/run/dispatcher");
     slot.sort_unstable();
-    assert_eq!(slot, ["hold", "init", "service"]);
+    assert_eq!(slot, ["hold", "hosts", "init", "resolv.conf", "service"]);
     // Neither socket tells of the host's network.
     assert_eq!(all(&told, "interface.listener"), ["lo"]);
     assert_eq!(all(&told, "interface.connection"), ["lo"]);

@@ -383,7 +383,7 @@ fn nothing_of_ours_can_be_touched() {
     let facts = dispatcher().run("box", "act", &args).ok().facts();
     let listed =
         facts.all("/run/dispatcher").into_iter().collect::<std::collections::BTreeSet<_>>();
-    assert_eq!(listed, ["hold", "init", "service"].into());
+    assert_eq!(listed, ["hold", "hosts", "init", "resolv.conf", "service"].into());
     assert_eq!((facts.one("/run/dispatcher/new"), facts.one("/new")), ("EROFS", "EROFS"));
     for file in ["hold", "init", "service"] {
         let finding = inside(&["write-to", &format!("/run/dispatcher/{file}")]);

@@ -107,9 +107,7 @@ impl Ahead {
         };
         // Without the lock: what is shown may be slow to look at.
         while let Some(mut one) = waiting {
-            if one.is_sound()
-                && one.shown == root::seen(&task.template.filesystem, task.template.listens)
-            {
+            if one.is_sound() && one.shown == shown(&task.template) {
                 return Some((one.container, one.streams));
             }
             waiting = self.lock().by_key.get_mut(&key(task))?.waiting.pop_front();
@@ -241,8 +239,7 @@ impl Making {
             return;
         }
         // Before it is made: what changes meanwhile is a change.
-        let (filesystem, listens) = (&order.template.filesystem, order.template.listens);
-        let shown = root::seen(filesystem, listens);
+        let shown = shown(&order.template);
         let made = match maker.prepare(order).await {
             Ok(ready) => maker.make(ready).await,
             Err(refusal) => Err(refusal),
@@ -282,6 +279,11 @@ impl Drop for Making {
 
 fn key(task: &Task) -> Key {
     (Arc::as_ptr(&task.template) as usize, task.launch.namespace.clone())
+}
+
+/// What of the host a root is made of.
+fn shown(template: &Template) -> Vec<Seen> {
+    root::seen(&template.filesystem, root::made_anew(true, template.listens))
 }
 
 /// Whether a call wants all that its policy gives.

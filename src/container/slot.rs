@@ -1,7 +1,7 @@
 //! What a container sees of ours: a directory, shown to it read-only at /run/dispatcher.
 //!
-//! It holds init, the FIFO by which init knows that we are there, and, once there is a
-//! call, the executable. Only we can write to it: it lies in a directory that nobody else
+//! It holds init, the FIFO by which init knows that we are there, files for its /etc, and,
+//! once there is a call, the executable. Only we can write to it: it lies in a directory that nobody else
 //! may enter on the host, and the container's mount of it is read-only.
 
 use std::{
@@ -17,6 +17,7 @@ use std::{
 };
 
 use super::{INIT, owner::Owner};
+use crate::jail::root;
 
 /// Names in it; `protocol` has init's and the FIFO's as paths of the container's.
 const INIT_NAME: &str = "init";
@@ -25,6 +26,10 @@ const HOLD_NAME: &str = "hold";
 const REMOVALS: u32 = 100;
 /// As in `jail::message::SCRIPT_PATH`.
 const SERVICE_NAME: &str = "service";
+/// For /etc, by what they are called there: Docker would show copies of the host's. Each
+/// container has its own, or one would see the locks that another takes on them.
+pub const FOR_ETC: [(&str, &str); 2] =
+    [("hosts", root::MADE_UP_HOSTS), ("resolv.conf", root::MADE_UP_RESOLV_CONF)];
 
 /// One container's directory. Dropping it removes it, and lets the container's init go.
 #[derive(Debug)]
@@ -93,6 +98,9 @@ fn fill(path: &Path) -> io::Result<OwnedFd> {
     // Whatever our umask made of it.
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     create(&path.join(INIT_NAME), 0o555)?.write_all(INIT)?;
+    for (name, content) in FOR_ETC {
+        create(&path.join(name), 0o444)?.write_all(content.as_bytes())?;
+    }
     let hold = path.join(HOLD_NAME);
     rustix::fs::mknodat(
         rustix::fs::CWD,
@@ -175,7 +183,13 @@ mod tests {
         slot.place(&executable, 10).unwrap();
         let service = slot.path().join("service");
         assert_eq!(fs::read(&service).unwrap(), b"#!/bin/sh\n");
-        for (file, mode) in [("init", 0o555), ("hold", 0o444), ("service", 0o555)] {
+        for (file, mode) in [
+            ("init", 0o555),
+            ("hold", 0o444),
+            ("service", 0o555),
+            ("hosts", 0o444),
+            ("resolv.conf", 0o444),
+        ] {
             let found = fs::metadata(slot.path().join(file)).unwrap().permissions().mode();
             assert_eq!(found & 0o7777, mode, "{file}");
         }

@@ -10,7 +10,7 @@ use rustix::process::Resource;
 
 use super::{
     protocol::{INIT_PATH, SERVICE_DIRECTORY},
-    service,
+    service, slot,
 };
 use crate::{
     jail::{
@@ -39,10 +39,13 @@ const CPU_PERIOD: i64 = 100_000;
 /// More than this makes the kernel's table of descriptors itself expensive.
 const OPEN_FILES_MAX: u64 = 1 << 16;
 
-/// What nobody in a container has to read: the machine's devices, and what /proc tells of
-/// the whole host. As Docker's own default, and /sys as a whole, which a jail doesn't have.
-const MASKED: [&str; 11] = [
+/// What nobody in a container has to see: the machine's devices, and what /proc tells of
+/// the whole host. As Docker's own default, and what a jail doesn't have: /sys as a whole,
+/// terminals, of which all containers together have so many, and message queues.
+const MASKED: [&str; 13] = [
     "/sys",
+    "/dev/mqueue",
+    "/dev/pts",
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -181,6 +184,13 @@ pub fn body(template: &Template, making: Making<'_>) -> ContainerCreateBody {
         let path = |text: &std::ffi::CString| text.to_string_lossy().into_owned();
         bind(Path::new(&path(&piece.source)), format!("/{}", path(&piece.target)))
     }));
+    // What is mounted there Docker takes in the place of its own.
+    for (name, _) in slot::FOR_ETC {
+        let target = format!("/etc/{name}");
+        if !mounts.iter().any(|mount| mount.target.as_ref() == Some(&target)) {
+            mounts.push(bind(&making.slot.join(name), target));
+        }
+    }
     ContainerCreateBody {
         image: Some(making.image.to_owned()),
         hostname: Some(making.host_name.to_owned()),

@@ -44,9 +44,13 @@ const HOST_ETC: [&str; 7] = [
 const MADE_UP_ETC: [(&str, &str); 4] = [
     ("etc/passwd", "nobody:x:65534:65534:nobody:/tmp:/usr/sbin/nologin\n"),
     ("etc/group", "nogroup:x:65534:\n"),
-    ("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
-    ("etc/resolv.conf", ""),
+    ("etc/hosts", MADE_UP_HOSTS),
+    ("etc/resolv.conf", MADE_UP_RESOLV_CONF),
 ];
+/// In place of the host's /etc/hosts.
+pub const MADE_UP_HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
+/// In place of the host's name servers.
+pub const MADE_UP_RESOLV_CONF: &str = "";
 
 /// The plan, and what must stay open until init has carried it out.
 #[derive(Debug)]
@@ -120,7 +124,10 @@ pub fn decide(
     match &filesystem.root {
         Root::Empty => {}
         Root::Host => host_pieces(&mut pieces)?,
-        Root::Directory(directory) => directory_pieces(directory, listens, &mut pieces)?,
+        Root::Directory(directory) => {
+            let anew = made_anew(matches!(ownership, Ownership::Docker), listens);
+            directory_pieces(directory, anew, &mut pieces)?;
+        }
     }
     let service = if listens { service_pieces(filesystem, ownership, &mut pieces)? } else { None };
     if let Some(Script { fd, size }) = script {
@@ -161,10 +168,21 @@ pub struct Seen {
     as_it_was: Option<(u64, u64, u32, u32, u32)>,
 }
 
-/// Every host path that [`decide`] goes by: as long as this stays the same, so does
-/// what it decides; `listens` as there.
+/// The directories of a root that are made anew, with what is in them: something of ours is
+/// below, or of Docker's, which can't be made in the root's own.
 #[must_use]
-pub fn seen(filesystem: &Filesystem, listens: bool) -> Vec<Seen> {
+pub fn made_anew(by_docker: bool, listens: bool) -> &'static [&'static str] {
+    match (by_docker, listens) {
+        (true, _) => &["etc", "run"],
+        (false, true) => &["run"],
+        (false, false) => &[],
+    }
+}
+
+/// Every host path that [`decide`] goes by: as long as this stays the same, so does
+/// what it decides; `anew` are [`made_anew`].
+#[must_use]
+pub fn seen(filesystem: &Filesystem, anew: &[&str]) -> Vec<Seen> {
     let root = Path::new("/");
     let mut paths: Vec<PathBuf> = match &filesystem.root {
         Root::Empty => Vec::new(),
@@ -178,8 +196,8 @@ pub fn seen(filesystem: &Filesystem, listens: bool) -> Vec<Seen> {
                 entries.flatten().map(|entry| entry.path()).collect::<Vec<_>>()
             };
             let mut paths = entries(directory);
-            if listens {
-                paths.extend(entries(&directory.join("run")));
+            for name in anew {
+                paths.extend(entries(&directory.join(name)));
             }
             paths.sort();
             paths.push(directory.clone());
@@ -263,14 +281,15 @@ fn service_pieces(
 /// Every entry of a directory but those that we make ourselves.
 fn directory_pieces(
     directory: &Path,
-    listens: bool,
+    anew: &[&str],
     pieces: &mut Vec<Piece>,
 ) -> Result<(), RootError> {
     for name in names_in(directory)? {
         match name.as_bytes() {
             b"proc" | b"dev" | b"tmp" => {}
-            // What we make below it could not be made in the directory's own.
-            b"run" if listens => run_pieces(directory, pieces)?,
+            _ if anew.iter().any(|one| name == **one) => {
+                inner_pieces(directory, Path::new(&name), pieces)?;
+            }
             _ => entry(directory, Path::new(&name), pieces)?,
         }
     }
@@ -291,19 +310,21 @@ fn names_in(directory: &Path) -> Result<Vec<OsString>, RootError> {
     Ok(names)
 }
 
-/// The /run of a directory, made anew with what is in it but for the service's place.
-fn run_pieces(directory: &Path, pieces: &mut Vec<Piece>) -> Result<(), RootError> {
-    let run = directory.join("run");
-    let metadata = fs::symlink_metadata(&run).map_err(|error| system(&run, error))?;
+/// A directory of a root, made anew with what is in it but for what is ours.
+fn inner_pieces(root: &Path, name: &Path, pieces: &mut Vec<Piece>) -> Result<(), RootError> {
+    let whole = root.join(name);
+    let metadata = fs::symlink_metadata(&whole).map_err(|error| system(&whole, error))?;
     if !metadata.is_dir() {
-        let why = "is no directory: a service's socket would be in it; make it one, or remove it";
-        return Err(RootError::Path { path: run, why: why.to_owned() });
+        let why = "is no directory, and something of the run's own would be in it; make it one, \
+                   or remove it";
+        return Err(RootError::Path { path: whole, why: why.to_owned() });
     }
-    pieces.push(Piece::Directory(c_string(b"run")));
-    for name in names_in(&run)? {
-        let inside = Path::new("run").join(&name);
-        if Path::new("/").join(&inside) != service_directory() {
-            entry(directory, &inside, pieces)?;
+    pieces.push(Piece::Directory(c_string(name.as_os_str().as_bytes())));
+    let ours = [Some(service_directory()), Path::new(SCRIPT_PATH).parent()];
+    for inside in names_in(&whole)? {
+        let inside = name.join(inside);
+        if !ours.contains(&Some(&Path::new("/").join(&inside))) {
+            entry(root, &inside, pieces)?;
         }
     }
     Ok(())
@@ -503,5 +524,36 @@ mod tests {
         let error = decide(&covered, None, PLAIN, true).unwrap_err().to_string();
         assert!(error.contains("/run/grpc"), "{error}");
         assert!(decide(&covered, None, PLAIN, false).is_ok());
+    }
+    /// Docker mounts in /etc and /run, which it couldn't in a directory that is read-only.
+    #[test]
+    fn of_a_directory_what_docker_mounts_in_is_shown_by_its_parts() {
+        let directory = tempfile::tempdir().unwrap();
+        for inside in ["etc/ssl", "run/dispatcher", "run/lock", "usr"] {
+            fs::create_dir_all(directory.path().join(inside)).unwrap();
+        }
+        fs::write(directory.path().join("etc/hosts"), "").unwrap();
+        let shown = |ownership| {
+            let root = filesystem(Root::Directory(directory.path().to_owned()));
+            let decided = decide(&root, None, ownership, false).unwrap();
+            let path = |piece: &Piece| match piece {
+                Piece::Bind(bind) => bind.target.to_string_lossy().into_owned(),
+                Piece::Directory(path) => format!("{}/", path.to_string_lossy()),
+                other => panic!("{other:?}"),
+            };
+            decided.plan.pieces.iter().map(path).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(PLAIN), ["etc", "run", "usr"]);
+        let by_parts = ["etc/", "etc/hosts", "etc/ssl", "run/", "run/lock", "usr"];
+        assert_eq!(shown(Ownership::Docker), by_parts);
+
+        let seen = |by_docker| {
+            let root = filesystem(Root::Directory(directory.path().to_owned()));
+            seen(&root, made_anew(by_docker, false))
+        };
+        let before = (seen(false), seen(true));
+        fs::write(directory.path().join("etc/resolv.conf"), "").unwrap();
+        assert_eq!(seen(false), before.0);
+        assert_ne!(seen(true), before.1);
     }
 }

@@ -172,7 +172,7 @@ impl Ahead {
 
     fn shown(&mut self, template: &Template) -> Option<Shown> {
         template.filesystem.shows_host().then(|| Shown {
-            files: root::seen(&template.filesystem, template.listens),
+            files: root::seen(&template.filesystem, root::made_anew(false, template.listens)),
             mounts: self.mounts.changes(),
         })
     }
