@@ -2,6 +2,8 @@
 //! and how the program is given its call.
 
 mod common;
+#[path = "conformance/surroundings.rs"]
+mod surroundings;
 
 use std::{
     collections::BTreeSet,
@@ -22,6 +24,10 @@ use dispatcher::{
 };
 use prost::Message as _;
 use prost_types::Any;
+use surroundings::{
+    Root, an_empty_root_shows_nothing_of_the_hosts, the_network_is_the_policys,
+    the_system_calls_are_the_policys,
+};
 
 /// A mode, and what is another in it than in the others. All else is the same.
 struct Mode {
@@ -32,11 +38,18 @@ struct Mode {
     /// Docker's to install: it hands nobody its notifications, so the kernel kills, and
     /// only SIGSYS is to be seen.
     unshare: Forbidden,
+    /// What a program comes to that sends itself SIGSYS. Where the kernel kills for a
+    /// forbidden call, and nobody is notified of it, the one can't be told from the other.
+    own_sigsys: Verdict,
     /// Whether the filter's refusals are listed, `refused_syscalls`: by its notifications.
     names_refusals: bool,
     /// Whether `pids_peak` is the kernel's own record, and exact. Where that counts the
     /// container's init too, or isn't there, the dispatcher knows only what it saw.
     pids_peak_is_exact: bool,
+    /// What an empty root has that no policy said. Docker makes places to mount at in /etc,
+    /// whether or not anything is mounted there, and a /dev by the words of the OCI. Where
+    /// there is none of it, the host's files are the program's.
+    root: Option<Root>,
     /// What is in force whatever the host, as root.
     enforced: &'static str,
     /// What may be besides, as the kernel has it, or Docker is set up.
@@ -54,8 +67,10 @@ const JAIL: Mode = Mode {
     name: "jail",
     number: ExecutionMode::Jail,
     unshare: Forbidden::Named,
+    own_sigsys: Verdict::Signalled,
     names_refusals: true,
     pids_peak_is_exact: true,
+    root: Some(Root { top: &["dev", "proc", "tmp"], etc: &[], dev: &[] }),
     enforced: "ns.user ns.mount ns.pid ns.ipc ns.uts ns.net ns.cgroup host_uid root.readonly \
                proc.restricted caps.none no_new_privs seccomp rlimits cgroup.memory \
                cgroup.swap cgroup.pids cgroup.cpu cpu_time timeout output",
@@ -66,8 +81,10 @@ const DIRECT: Mode = Mode {
     name: "direct",
     number: ExecutionMode::Direct,
     unshare: Forbidden::Fails,
+    own_sigsys: Verdict::Signalled,
     names_refusals: false,
     pids_peak_is_exact: true,
+    root: None,
     enforced: "ns.pid caps.none no_new_privs rlimits cgroup.memory cgroup.swap cgroup.pids \
                cgroup.cpu cpu_time timeout output",
     by_host: "cgroup.kill",
@@ -81,8 +98,14 @@ const CONTAINER: Mode = Mode {
     name: "container",
     number: ExecutionMode::Container,
     unshare: Forbidden::Unnamed,
+    own_sigsys: Verdict::SyscallDenied,
     names_refusals: false,
     pids_peak_is_exact: false,
+    root: Some(Root {
+        top: &[".dockerenv", "dev", "etc", "proc", "run", "sys", "tmp"],
+        etc: &["hostname", "hosts", "mtab", "resolv.conf"],
+        dev: &["core", "fd", "mqueue", "ptmx", "pts", "shm", "stderr", "stdin", "stdout", "tty"],
+    }),
     enforced: "ns.mount ns.pid ns.ipc ns.uts ns.net ns.cgroup root.readonly caps.none \
                no_new_privs seccomp memfd_noexec rlimits cgroup.memory cgroup.swap \
                cgroup.pids cgroup.cpu cpu_time timeout output",
@@ -124,6 +147,9 @@ in_every_mode! {
     output_comes_in_the_format_asked_for,
     requests_tighten_by_options_or_context,
     the_program_is_nobody_of_importance,
+    an_empty_root_shows_nothing_of_the_hosts,
+    the_network_is_the_policys,
+    the_system_calls_are_the_policys,
 }
 
 fn dispatcher() -> &'static Dispatcher {
@@ -154,7 +180,15 @@ fn dispatcher() -> &'static Dispatcher {
                     policy(&format!("[limits]\ntimeout = \"{}ms\"\n", scaled_ms(300))),
                 ),
                 (format!("{mode}-cpu"), policy("[limits]\ncpu_time = \"400ms\"\n")),
+                (format!("{mode}-hostnet"), policy("[network]\nmode = \"host\"\n")),
             ]);
+            if mode != "direct" {
+                let calls = "[seccomp]\nallow = [\"userfaultfd\"]\ndeny = [\"getppid\"]\n";
+                policies.extend([
+                    (format!("{mode}-loopback"), policy("[network]\nmode = \"loopback\"\n")),
+                    (format!("{mode}-calls"), policy(calls)),
+                ]);
+            }
         }
         Dispatcher::start(policies)
     })
@@ -215,6 +249,8 @@ fn a_forbidden_call(at: &Mode) {
         Forbidden::Unnamed => drop(reply.denied("")),
         Forbidden::Fails => assert_eq!(reply.ok().facts().one("call"), "EPERM"),
     }
+    let reply = dispatcher().run(at.name, "act", &["raise", &libc::SIGSYS.to_string()]);
+    assert_eq!((reply.verdict, reply.report.signal), (at.own_sigsys, libc::SIGSYS));
     let reply = syscall(libc::SYS_userfaultfd, "0").ok();
     let listed: &[&str] = if at.names_refusals { &["userfaultfd"] } else { &[] };
     assert_eq!(reply.report.refused_syscalls, listed);
