@@ -118,9 +118,9 @@ async fn begin(
     }
     let (container, mut streams) = make_now(maker, &task, stop).await?;
     let nonce = tell(&container, &mut streams, &task).await.map_err(|untold| match untold {
-        Untold::Deaf(why) => {
-            Refusal::DockerUnavailable { why: format!("the container can't be spoken to: {why}") }
-        }
+        Untold::Deaf(why) => Refusal::DockerUnavailable {
+            why: format!("the container can't be spoken to: {why}; {}", make::ADVICE),
+        },
         Untold::Refused(refusal) => refusal,
     })?;
     Begun::begin(container, streams, task, nonce, stop).await
@@ -142,7 +142,7 @@ async fn make_now(
     let mut late = std::pin::pin!(sleep_until((task.received + MAKE_WAIT).into()));
     let too_late = || {
         let seconds = MAKE_WAIT.as_secs();
-        let why = format!("Docker made no container within {seconds} s");
+        let why = format!("Docker made no container within {seconds} s; {}", make::ADVICE);
         Refusal::DockerUnavailable { why }
     };
     let ready = tokio::select! {
@@ -190,7 +190,7 @@ async fn tell(
     let (slot, executable) = (&container.slot, &task.fds.executable);
     // Of any size, and to a disk.
     tokio::task::block_in_place(|| slot.place(executable, task.launch.executable_size))
-        .map_err(|error| failed("executable", &error))?;
+        .map_err(|error| Untold::Refused(make::unplaced("executable", &error)))?;
     let nonce = make::nonce().map_err(|error| failed("nonce", &error))?;
     let message = message(nonce, task).map_err(|error| failed("call", &error))?;
     if let Some(mut cgroup) = container.cgroup() {
@@ -330,7 +330,9 @@ impl Begun {
                 Ok(closing.killed(end, run, server).await)
             }
             Over::Parted => {
-                let why = "Docker closed its connection to the container".to_owned();
+                let why = "Docker closed its connection to the container: was it restarted? See \
+                           its log, and send the call again"
+                    .to_owned();
                 let end = End { lost: Some(why), ..closing.end() };
                 Ok(closing.killed(end, run, server).await)
             }
@@ -375,7 +377,9 @@ impl Closing {
                 if found.state.is_some_and(|state| state.oom_killed == Some(true)) {
                     return End { oom: Oom::Own, ..end };
                 }
-                "the container was ended from outside".to_owned()
+                "the container was ended from outside: Docker's log, or `docker events`, may tell by \
+                 whom"
+                    .to_owned()
             }
             Ok(Err(error)) => error.to_string(),
             Err(_) => "Docker doesn't say how the container ended: see its log".to_owned(),
@@ -448,7 +452,10 @@ async fn take_listener(
             Err(Refusal::Docker { why })
         }
         Err(_) => {
-            let why = "the container's init makes no listening socket for the service".to_owned();
+            let why = format!(
+                "the container's init made no listening socket for the service in time; {}",
+                make::ADVICE
+            );
             Err(Refusal::DockerUnavailable { why })
         }
     }
