@@ -64,8 +64,8 @@ count_results() {
 # How long Docker may take to start and to end, in seconds.
 docker_limit_s=60
 
-# start_docker DIRECTORY: a Docker Engine of one's own, as root: with all of its files in DIRECTORY,
-# cgroups of that name, and no network. What is missing is installed. $docker_socket is its socket.
+# start_docker DIRECTORY [DOCKERD ARGUMENT]...: a Docker Engine of one's own, as root: with all of its
+# files in DIRECTORY, cgroups of that name, and no network. What is missing is installed. $docker_socket is its socket.
 # Beside runc it knows the runtime `second`: crun, or where that has no cgroups that it likes, runc.
 start_docker() {
   local second give_up
@@ -77,6 +77,7 @@ start_docker() {
   second=$(PATH=$PATH:/usr/sbin:/sbin command -v "$second")
 
   docker_directory=$1 docker_socket=$1/docker.sock
+  shift
   # It makes these wherever its own files are.
   docker_strays=()
   local stray
@@ -91,7 +92,7 @@ start_docker() {
     PATH=$PATH:/usr/sbin:/sbin dockerd --host "unix://$docker_socket" --pidfile "$docker_directory/pid" \
       --data-root "$docker_directory/data" --exec-root "$docker_directory/run" \
       --cgroup-parent "${docker_directory##*/}" --add-runtime "second=$second" \
-      --bridge none --ip-forward=false --iptables=false --ip6tables=false \
+      --bridge none --ip-forward=false --iptables=false --ip6tables=false "$@" \
       >>"$docker_directory/log" 2>&1 </dev/null &
     dockerd=$!
     give_up=$((SECONDS + docker_limit_s))

@@ -2,13 +2,18 @@
 //! what a hostile program gets. What they have in common with jails: `conformance`.
 
 mod common;
+mod containers {
+    mod ahead;
+    mod roots;
+    mod runtimes;
+}
 
-use std::{fs, os::unix::fs::PermissionsExt as _, sync::OnceLock, time::Duration};
+use std::{fs, sync::OnceLock, time::Duration};
 
 use common::{
     Call, Dispatcher, Facts, Settings,
     dispatcher::{container, plain},
-    docker::{Docker, OwnDocker, needs_docker},
+    docker::{Docker, needs_docker},
     host, programs, scaled_ms, shared, token, wait_for, wait_until,
 };
 use dispatcher::{
@@ -94,14 +99,13 @@ fn it_is_labelled_and_confined_by_docker() {
     for (key, wanted) in [
         ("User", json!("65534:65534")),
         ("Tty", json!(false)),
-        ("Env", json!(null)),
         ("Entrypoint", json!(["/run/dispatcher/init"])),
         ("Healthcheck", json!({ "Test": ["NONE"] })),
     ] {
-        // An image's own PATH is Docker's, and never reaches the program.
-        let value = if key == "Env" { &Value::Null } else { &config[key] };
-        assert_eq!(*value, wanted, "{key}");
+        assert_eq!(config[key], wanted, "{key}");
     }
+    // Init hands on none of it: what the program has is told to init.
+    assert!(config["Env"].as_array().is_none_or(Vec::is_empty), "{}", config["Env"]);
     let host = &found["HostConfig"];
     for (key, wanted) in [
         ("CapDrop", json!(["ALL"])),
@@ -124,11 +128,22 @@ fn it_is_labelled_and_confined_by_docker() {
         ("Binds", json!(null)),
         ("Devices", json!(null)),
         ("PortBindings", json!(null)),
+        ("DeviceRequests", json!(null)),
+        ("VolumesFrom", json!(null)),
     ] {
         let value = &host[key];
         let none = wanted.is_null() && value.as_array().is_some_and(Vec::is_empty)
             || wanted.is_null() && value.as_object().is_some_and(serde_json::Map::is_empty);
         assert!(*value == wanted || none, "{key}: {value}, not {wanted}");
+    }
+    let list = |key: &str| -> std::collections::BTreeSet<_> {
+        host[key].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect()
+    };
+    for hidden in ["/sys", "/proc/kcore", "/proc/keys", "/dev/pts", "/dev/mqueue"] {
+        assert!(list("MaskedPaths").contains(hidden), "{hidden}");
+    }
+    for fixed in ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq"] {
+        assert!(list("ReadonlyPaths").contains(fixed), "{fixed}");
     }
     let options = host["SecurityOpt"].as_array().unwrap();
     assert!(options.contains(&json!("no-new-privileges")), "{options:?}");
@@ -155,13 +170,20 @@ fn it_is_labelled_and_confined_by_docker() {
 #[test]
 fn no_end_leaves_a_container() {
     let docker = needs_docker!();
+    let volumes = || docker.ask(&["volume", "ls", "--quiet"]);
+    let before = volumes();
     let volume = docker.image(&[("tmp/", "")], &["VOLUME /data"]);
+    // Docker can't start a container of the one, and we want none of the other.
+    let no_place = docker.image(&[("tmp/", ""), ("run", "no directory")], &[]);
+    let no_tmp = docker.image(&[("tmp/", "755")], &[]);
     let image =
         |name: &str, rest: &str| container(&format!("[container]\nimage = {name:?}\n{rest}"));
     let own = Dispatcher::start([
         ("box", container("[limits]\nmemory = \"32MiB\"\noutput = \"64KiB\"\n")),
         ("quick", container(&format!("[limits]\ntimeout = \"{}ms\"\n", scaled_ms(300)))),
         ("volume", image(&volume.name, "")),
+        ("no-place", image(&no_place.name, "")),
+        ("no-tmp", image(&no_tmp.name, "")),
         ("missing", image("dispatcher-test/nowhere:1", "")),
         ("runtime", container("[container]\nruntime = \"no-such-runtime\"\n")),
     ]);
@@ -178,6 +200,8 @@ fn no_end_leaves_a_container() {
 
     for (namespace, word) in [
         ("volume", "VOLUME"),
+        ("no-place", "/run/dispatcher"),
+        ("no-tmp", "make it 1777"),
         ("missing", "dispatcher-test/nowhere:1"),
         ("runtime", "no-such-runtime"),
     ] {
@@ -188,7 +212,7 @@ fn no_end_leaves_a_container() {
     }
     none_left(&docker, &own);
     own.assert_no_containers();
-    assert!(docker.ask(&["volume", "ls", "--quiet"]).is_empty(), "a volume is left over");
+    assert_eq!(volumes(), before, "a volume is left over");
 }
 
 /// At each point of its making that is seen from outside.
@@ -225,57 +249,24 @@ fn callers_that_go_away_leave_nothing() {
     own.run("box", "act", &["print", "well"]).ok();
 }
 
+/// Also those that Docker has a mind of its own about.
 #[test]
-fn the_policys_image_is_used_as_it_is() {
-    let docker = needs_docker!();
-    let image = docker.image(
-        &[("tmp/", ""), ("greeting", "from the image\n")],
-        &[
-            "ENV FROM_IMAGE=1",
-            "USER 0",
-            "WORKDIR /nowhere",
-            "ENTRYPOINT [\"/bin/false\"]",
-            "CMD [\"x\"]",
-        ],
-    );
-    let policy = container(&format!("[container]\nimage = {:?}\n", image.name));
-    let own = Dispatcher::start([("image", policy)]);
-    let reply =
-        own.run("image", "act", &["cat", "/greeting", "env", "write", "/tmp/file", "x"]).ok();
-    let text = reply.text();
-    assert!(text.starts_with("from the image\n"), "{text}");
-    assert!(!text.contains("FROM_IMAGE"), "the environment is the policy's: {text}");
-    assert!(text.contains("/tmp/file=ok"), "{text}");
-    let facts = own.run("image", "facts", &["identity", "process"]).ok().facts();
-    assert_eq!((facts.one("uid"), facts.one("cwd")), ("65534 65534 65534", "/"));
-}
-
-#[test]
-fn the_policys_runtime_is_used_and_named() {
+fn limits_are_honoured_or_refused() {
     let _docker = needs_docker!();
-    let docker = OwnDocker::start();
-    let own = Settings::new([
-        ("named", container("[container]\nruntime = \"second\"\n")),
-        ("slow", container("[limits]\ncpus = 0.01\n[container]\nruntime = \"second\"\n")),
-        ("default", container("")),
-    ])
-    .docker(&docker.docker.socket)
-    .start();
-    let enforced = |namespace| own.run(namespace, "act", &[]).ok().report.enforced;
-    let named = enforced("named");
-    assert!(named.contains(&"runtime:second".to_owned()), "{named:?}");
-    // It has no kernel of its own: all is confirmed as without a name, be it slow.
-    assert!(named.contains(&"caps.none".to_owned()), "{named:?}");
-    let slow: Vec<_> = (0..8).map(|_| own.begin(Call::new("slow", "act"))).collect();
-    for running in slow {
-        assert_eq!(running.finish().unwrap().ok().report.enforced, named);
-    }
-    assert!(!enforced("default").iter().any(|word| word.starts_with("runtime:")));
-    let (running, _) = begin(&own, "named");
-    let id = docker.docker.labelled(&["dispatcher.namespace=named"]).remove(0);
-    assert_eq!(docker.docker.inspect(&id)["HostConfig"]["Runtime"], "second");
-    running.cancel();
-    none_left(&docker.docker, &own);
+    let own = Dispatcher::start([
+        // More than there are is no limit, nor is it an error.
+        ("many", container("[limits]\ncpus = 512\n")),
+        ("unlimited", container("[limits]\nmemory = \"unlimited\"\nswap = \"unlimited\"\n")),
+    ]);
+    let many = own.run("many", "act", &[]).ok().report.enforced;
+    assert!(many.contains(&"cgroup.cpu".to_owned()), "{many:?}");
+    let little = Call::new("many", "act").cpus(0.005);
+    let reply = own.call(little).refused(Code::FailedPrecondition, "control_unavailable");
+    assert_eq!(reply.detail("control"), "cgroup.cpu");
+    let unlimited = own.run("unlimited", "act", &[]).ok().report.enforced;
+    assert!(!unlimited.iter().any(|word| word == "cgroup.memory"), "{unlimited:?}");
+    let limited = own.call(Call::new("unlimited", "act").memory(32 << 20)).ok().report.enforced;
+    assert!(limited.contains(&"cgroup.memory".to_owned()), "{limited:?}");
 }
 
 #[test]
@@ -287,73 +278,6 @@ fn without_docker_only_containers_are_refused() {
         let reply = own.run("box", "act", &[]).refused(Code::Unavailable, "docker_unavailable");
         assert!(reply.message.contains(missing), "{}", reply.summary());
         own.run("jail", "act", &["print", "well"]).ok();
-    }
-}
-
-/// Docker says that a container runs before its init does: by a little, and by much where
-/// its share of a processor is small.
-#[test]
-fn a_slow_start_is_waited_for() {
-    let _docker = needs_docker!();
-    let begin = |_| dispatcher().begin(Call::new("slow", "act"));
-    for running in (0..8).map(begin).collect::<Vec<_>>() {
-        running.finish().unwrap().ok();
-    }
-}
-
-#[test]
-fn the_hosts_root_runs_dynamic_programs() {
-    let _docker = needs_docker!();
-    let args = [
-        "print",
-        "by the loader\n",
-        "write",
-        "/usr/file",
-        "x",
-        "ls",
-        "/home",
-        "cat",
-        "/etc/shadow",
-    ];
-    let reply = dispatcher().run("host-root", "act-dynamic", &args).ok();
-    let text = reply.text();
-    assert!(text.starts_with("by the loader\n"), "{text}");
-    let facts = reply.facts();
-    assert_eq!(facts.one("/usr/file"), "EROFS");
-    assert_eq!((facts.one("/home"), facts.one("/etc/shadow")), ("ENOENT", "ENOENT"));
-    // Without it there is no loader.
-    let reply = dispatcher().run("box", "act-dynamic", &[]);
-    reply.refused(Code::InvalidArgument, "loader_missing");
-}
-
-#[test]
-fn binds_are_seen_read_only_or_refused() {
-    let _docker = needs_docker!();
-    let directory = tempfile::tempdir().unwrap();
-    let source = |name: &str, mode| {
-        let path = directory.path().join(name);
-        fs::create_dir(&path).unwrap();
-        fs::write(path.join("file"), "shown\n").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let (open, closed) = (source("open", 0o755), source("closed", 0o700));
-    let bind = |source: &str| {
-        let bind = format!("{{ source = {source:?}, target = \"/data\" }}");
-        container(&format!("[filesystem]\nbind = [{bind}]\n"))
-    };
-    let own = Dispatcher::start([
-        ("open", bind(&open)),
-        ("closed", bind(&closed)),
-        ("absent", bind("/nonexistent/source")),
-    ]);
-    let reply = own.run("open", "act", &["cat", "/data/file", "write", "/data/new", "x"]).ok();
-    assert_eq!(reply.text(), "shown\n/data/new=EROFS\n");
-    for (namespace, path) in [("closed", &*closed), ("absent", "/nonexistent/source")] {
-        let reply = own.run(namespace, "act", &["print", "no"]);
-        let reply = reply.refused(Code::FailedPrecondition, "control_unavailable");
-        assert!(reply.message.contains(path), "{namespace}: {}", reply.summary());
     }
 }
 

@@ -100,18 +100,21 @@ impl Docker {
         serde_json::from_slice::<Value>(&output.stdout).unwrap()[0].take()
     }
 
-    /// Makes an image of files, `(path, content)`, and of changes as in a Dockerfile.
+    /// Makes an image of files, `(path, content)`, and of changes as in a Dockerfile. A path
+    /// that ends with a slash is a directory's; its content is its mode, if not 1777.
     #[track_caller]
     pub fn image(&self, files: &[(&str, &str)], changes: &[&str]) -> Image {
         let mut archive = tar::Builder::new(Vec::new());
         for (path, content) in files {
             let mut header = tar::Header::new_gnu();
-            header.set_mode(if path.ends_with('/') { 0o1777 } else { 0o644 });
-            let kind = if path.ends_with('/') {
-                tar::EntryType::Directory
-            } else {
-                tar::EntryType::Regular
+            let (kind, mode, content) = match (path.ends_with('/'), *content) {
+                (true, "") => (tar::EntryType::Directory, 0o1777, ""),
+                (true, mode) => {
+                    (tar::EntryType::Directory, u32::from_str_radix(mode, 8).unwrap(), "")
+                }
+                (false, content) => (tar::EntryType::Regular, 0o644, content),
             };
+            header.set_mode(mode);
             header.set_entry_type(kind);
             header.set_size(content.len() as u64);
             archive.append_data(&mut header, path, content.as_bytes()).unwrap();
@@ -152,11 +155,11 @@ pub struct OwnDocker {
 
 /// Does as it is told by lines, until there are no more.
 const KEEPER: &str = r#"
-    . "$1"; directory=$2; running=
+    . "$1"; directory=$2; running=; shift 2
     stop() { [ -z "$running" ] || { stop_docker; running=; }; }
     while read -r order; do
       case $order in
-        start) start_docker "$directory" && running=yes && echo started || echo failed ;;
+        start) start_docker "$directory" "$@" && running=yes && echo started || echo failed ;;
         stop) stop && echo stopped ;;
         kill) kill -KILL "$dockerd"; wait "$dockerd"; echo killed ;;
       esac
@@ -166,12 +169,18 @@ const KEEPER: &str = r#"
 
 impl OwnDocker {
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// With these further arguments of `dockerd`.
+    pub fn start_with(arguments: &[String]) -> Self {
         let directory = tempfile::Builder::new().prefix("dispatcher-docker-").tempdir().unwrap();
         let own = directory.path().join(directory.path().file_name().unwrap());
         let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/lib.sh");
         let mut shell = Command::new("bash")
             .args(["-c", KEEPER, "docker"])
             .args([&library, &own])
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
