@@ -505,3 +505,18 @@ pub fn nonce() -> io::Result<[u8; super::protocol::NONCE_LEN]> {
     rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
     Ok(nonce)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_as_one() {
+        let errno = |errno| unplaced("slot", &io::Error::from_raw_os_error(errno));
+        for full in [libc::ENOSPC, libc::EDQUOT] {
+            let Refusal::DockerUnavailable { why } = errno(full) else { panic!("{full}") };
+            assert!(why.contains("[docker] directory"), "{why}");
+        }
+        assert!(matches!(errno(libc::EIO), Refusal::Step { errno: libc::EIO, .. }));
+    }
+}
