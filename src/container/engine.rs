@@ -44,10 +44,15 @@ impl Patience {
 
 /// How long it may take to say whether it is there at all.
 const PING: Duration = Duration::from_secs(2);
-/// What Docker answers with, besides 503, while it ends or lost what runs its containers:
-/// that says nothing of what it was asked for.
-const GOING: [&str; 4] =
-    ["context canceled", "context deadline exceeded", "code = Unavailable", "containerd.sock"];
+/// What Docker answers with, besides 503, while it ends or has lost the containerd that runs
+/// its containers, though it answers pings: that says nothing of what it was asked for.
+const GOING: [&str; 5] = [
+    "context canceled",
+    "context deadline exceeded",
+    "code = Unavailable",
+    ": unavailable",
+    "containerd.sock",
+];
 /// How long reaching Docker may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long nobody tries again after that failed.

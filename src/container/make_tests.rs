@@ -183,7 +183,8 @@ async fn a_docker_on_its_way_down_or_up_is_told_from_one_that_refuses() {
         (409, "in use", 503, true),
         (500, "runc: no such file", 200, true),
         (500, "runc: no such file", 500, false),
-        (500, "dial unix /run/containerd/containerd.sock: connection refused", 200, false),
+        (500, "dial unix /run/containerd/containerd.sock: connect: connection refused", 200, false),
+        (500, "error reading from server: EOF: unavailable", 200, false),
         (500, "context canceled", 200, false),
         (503, "shutting down", 200, false),
     ] {
