@@ -307,6 +307,12 @@ impl Instances {
         self.shared.count()
     }
 
+    /// As if all instances but so many were taken.
+    #[cfg(test)]
+    pub(crate) fn leave_places(&self, left: usize) {
+        self.shared.places.forget_permits(INSTANCES_MAX - left);
+    }
+
     /// How many calls wait for one.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {

@@ -146,17 +146,21 @@ async fn two_that_want_different_ones_where_one_may_be_take_turns() {
         move |_| Behaviour::Serve(Arc::clone(&slow)),
     );
     let bench = Arc::new(bench);
-    let mut waiting = 0;
-    let mut call = async |word: &'static str| {
-        let caller = Arc::clone(&bench);
-        let call = tokio::spawn(async move { caller.is_warm(with_args("SayHello", word)).await });
-        waiting += 1;
-        while bench.dispatcher.instances.waiting() < waiting {
+    let call = |word: &'static str| {
+        let bench = Arc::clone(&bench);
+        tokio::spawn(async move { bench.is_warm(with_args("SayHello", word)).await })
+    };
+    let wait = async |calls: usize| {
+        while bench.dispatcher.instances.waiting() < calls {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        call
     };
-    let (first, other, second) = (call("a").await, call("b").await, call("a").await);
+    let first = call("a");
+    wait(1).await;
+    let other = call("b");
+    wait(2).await;
+    let second = call("a");
+    wait(3).await;
     // So that the other is told first of what was started.
     first.abort();
     assert!(first.await.is_err());
@@ -209,4 +213,20 @@ async fn there_are_never_more_than_may_be() {
     for call in [first, second] {
         timeout(SOON, call).await.expect("it ends").unwrap();
     }
+}
+
+/// Starts that wait for a place have none, and get that of one that is idle.
+#[tokio::test]
+async fn where_no_more_may_be_an_idle_one_makes_way() {
+    let bench = Arc::new(bench(PLENTY, |_| {}));
+    bench.dispatcher.instances.leave_places(1);
+    let mut callers = JoinSet::new();
+    for word in ["a", "b", "c", "d"] {
+        let bench = Arc::clone(&bench);
+        callers.spawn(async move { bench.is_warm(with_args("SayHello", word)).await });
+    }
+    let warm = timeout(SOON, callers.join_all()).await.expect("each has its turn");
+    assert_eq!(warm, [false; 4]);
+    let instances::Count { busy, idle, starting } = bench.dispatcher.instances();
+    assert_eq!((busy, idle, starting), (0, 1, 0));
 }
