@@ -15,14 +15,20 @@ in_every_mode! {
     a_good_answer_is_taken,
     reflection_that_does_not_answer_is_not_waited_for_twice,
     bad_answers_are_errors,
+    bad_answers_to_many_at_once_are_errors,
     floods_end,
     what_is_at_the_path_is_no_socket,
 }
 
 /// A dispatcher with a namespace for each of these ways, and one for a service that is well.
 fn start(at: &Mode, ways: &[&'static str]) -> Dispatcher {
+    with_tables(at, ways, "[instances]\n")
+}
+
+/// The same, with these tables, the last of which is that of instances.
+fn with_tables(at: &Mode, ways: &[&'static str], tables: &str) -> Dispatcher {
     let limits = format!(
-        "[limits]\ntimeout = \"{0}ms\"\n[instances]\nstart_timeout = \"{0}ms\"\n",
+        "[limits]\ntimeout = \"{0}ms\"\n{tables}start_timeout = \"{0}ms\"\n",
         scaled_ms(2000)
     );
     let mut policies = vec![("well", policy(at, ""))];
@@ -120,6 +126,24 @@ fn bad_answers_are_errors(at: &Mode) {
                 );
             }
             _ => {}
+        }
+    }
+    dispatcher.stop();
+}
+
+/// Each call of many is answered, though one connection serves them all.
+fn bad_answers_to_many_at_once_are_errors(at: &Mode) {
+    let ways = ["no-trailers", "reset", "settings", "hangup", "goaway"];
+    let limit = Duration::from_millis(scaled_ms(8000));
+    let tables = "[admission]\nconcurrency = 64\n[instances]\nconcurrency = 64\nmax = 1\n";
+    let dispatcher = with_tables(at, &ways, tables);
+    for way in ways {
+        let call = Call::new(way, "hostile").method("test.Probe", "Echo").input("\0");
+        let calls: Vec<_> = (0..48).map(|_| dispatcher.begin(call.clone())).collect();
+        for call in calls {
+            let reply = call.finish().unwrap();
+            assert_ne!(reply.code, Code::Ok, "{way}: {}", reply.summary());
+            assert!(reply.elapsed < limit, "{way}: {:?}", reply.elapsed);
         }
     }
     dispatcher.stop();
