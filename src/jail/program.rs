@@ -29,6 +29,9 @@ const START_FDS_MAX: usize = START_FDS + 1;
 /// Where that goes: SD_LISTEN_FDS_START of sd_listen_fds(3).
 const LISTENING_FD: RawFd = 3;
 
+/// How often the listener is sent again: for less than a second.
+const LISTENER_TRIES: u32 = 200_000;
+
 /// What it begins with.
 #[derive(Clone, Copy)]
 pub(super) struct Beginning<'a> {
@@ -205,11 +208,22 @@ fn open(path: &CStr, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(rustix::fs::CWD, path, flags, rustix::fs::Mode::empty())?)
 }
 
+/// Sends the filter's listener. Where more descriptors of this user's are on their way in sockets
+/// than the sender may have open, sendmsg(2) fails with ETOOMANYREFS: without root all runs have
+/// one user, and a program may have as few as four open. That passes.
 fn send_listener(context: Context<'_>, listener: Option<RawFd>) -> io::Result<()> {
     let report = Report::Filtered.encode();
-    // sendmsg(2) on this descriptor's number is one of the two calls that the
-    // filter lets pass for us.
-    sys::send_one_fd(context.control, &report, listener)
+    let mut tries = LISTENER_TRIES;
+    loop {
+        // On this descriptor's number it is one of the two calls that the filter lets pass for
+        // us: there is none to wait by.
+        match sys::send_one_fd(context.control, &report, listener) {
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) && tries > 0 => {
+                tries -= 1;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Direct mode: memfd-exec copies the executable into a memfd of its own.

@@ -404,8 +404,19 @@ impl Run {
         let written = identity::write_maps(self.pid, self.map)
             .and_then(|()| sys::send_packet(&self.control, &[word::MAPPED], &[]));
         if let Err(error) = written {
-            self.fail(step_error(Step::Maps, &error), now);
+            self.fail(self.told_or(step_error(Step::Maps, &error)), now);
         }
+    }
+
+    /// What init said of a failure of its own, if it did: then it is gone, and whatever failed
+    /// here for that says less.
+    fn told_or(&self, error: StepError) -> StepError {
+        while let Ok(Heard::Report(report, _)) = self.listen() {
+            if let Report::Failed(own) = report {
+                return own;
+            }
+        }
+        error
     }
 
     fn built(&mut self, now: Instant) -> Change {
@@ -425,7 +436,7 @@ impl Run {
         let started = self.start(&call, &fds, now);
         self.call = Some(call);
         started.unwrap_or_else(|error| {
-            self.fail(step_error(Step::Start, &error), now);
+            self.fail(self.told_or(step_error(Step::Start, &error)), now);
             Change::None
         })
     }
