@@ -1,8 +1,12 @@
-//! How many calls run at once, how many wait and how long, and who is turned away.
+//! How many calls run at once, how many wait and how long, and who is turned away; and that
+//! none is for what others happen to have on its way.
 
 mod common;
 
 use std::{
+    fs,
+    io::IoSlice,
+    os::{fd::AsRawFd as _, unix::net::UnixDatagram},
     sync::OnceLock,
     time::{Duration, Instant},
 };
@@ -11,9 +15,10 @@ use common::{
     Call, Dispatcher, Reply, Settings,
     client::{gauge, to_duration},
     dispatcher::{Running, plain},
-    host, scaled_ms, shared, slowness, token, wait_until,
+    host, not_here, rootless, scaled_ms, shared, slowness, token, wait_until,
 };
 use dispatcher::wire::{Verdict, status::Code};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// Calls a second: fewer than this machine could begin.
 fn rate() -> u32 {
@@ -284,5 +289,35 @@ fn the_memory_budget_is_kept() {
     wait_until("the budget is free again", Duration::from_secs(10), || {
         dispatcher.run("a", "act", &[]).verdict == Verdict::Exited
     });
+    dispatcher.stop();
+}
+
+/// The kernel counts descriptors that are on their way in sockets for a user, and holds a sender
+/// to its own limit of open ones, unix(7): without root that user is everybody's.
+#[test]
+fn few_descriptors_are_enough_whatever_is_on_its_way_elsewhere() {
+    const MOST: usize = 6;
+    if !rootless() {
+        not_here!("root's runs have users of their own");
+    }
+    let few = format!("[limits]\nopen_files = {MOST}\n");
+    let dispatcher = Dispatcher::start([("jail", plain(&few))]);
+    let (sender, receiver) = UnixDatagram::pair().unwrap();
+    let on_their_way = [sender.as_raw_fd(); 4 * MOST];
+    let rights = [ControlMessage::ScmRights(&on_their_way)];
+    let bytes = [IoSlice::new(b"x")];
+    sendmsg::<()>(sender.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).unwrap();
+    let running = dispatcher.begin(Call::new("jail", "act").args(&["print", "ran"]));
+    // It has its limits then, and has yet to send the listener of its filter.
+    let limit = format!("Max open files            {MOST} ");
+    wait_until("the program's process has its limits", Duration::from_secs(10), || {
+        dispatcher.descendants().iter().any(|process| {
+            let limits = fs::read_to_string(format!("/proc/{}/limits", process.pid));
+            limits.is_ok_and(|limits| limits.contains(&limit))
+        })
+    });
+    assert!(!running.is_over());
+    drop((sender, receiver));
+    assert_eq!(running.finish().unwrap().ok().stdout(), b"ran");
     dispatcher.stop();
 }
