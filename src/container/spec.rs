@@ -17,14 +17,13 @@ use crate::{
         blueprint::BindPiece,
         check::Checked,
         limits::resource_limits,
-        plan::{CONTAINER_CPUS_MIN, CONTAINER_MEMORY_MIN, Control, Network, Template},
+        plan::{
+            CONTAINER_CPUS_MIN, CONTAINER_MEMORY_MIN, CONTAINER_USER, Control, Network, Template,
+        },
         seccomp::{docker, filter::FilterError, syscalls},
     },
     units::Limit,
 };
-
-/// Whom the program is, inside and (but for Docker's userns-remap) outside.
-pub const USER: u32 = 65_534;
 
 /// Where [`super::slot`] is shown.
 pub const SLOT_TARGET: &str = "/run/dispatcher";
@@ -197,7 +196,7 @@ pub fn body(template: &Template, making: Making<'_>) -> ContainerCreateBody {
         // Ours in everything, whatever the image says.
         entrypoint: Some(vec![INIT_PATH.to_owned()]),
         cmd: Some(Vec::new()),
-        user: Some(format!("{USER}:{USER}")),
+        user: Some(format!("{CONTAINER_USER}:{CONTAINER_USER}")),
         working_dir: Some("/".to_owned()),
         healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..none() }),
         // Init heeds no other signal, and Docker would wait.
@@ -277,7 +276,7 @@ fn tmpfs(template: &Template) -> HashMap<String, String> {
     let service = template.listens.then(|| {
         let (size, inodes, mode) = (service::SIZE, service::INODES, service::MODE);
         let options = format!(
-            "rw,nosuid,nodev,noexec,size={size},nr_inodes={inodes},mode={mode:04o},uid={USER},gid={USER}"
+            "rw,nosuid,nodev,noexec,size={size},nr_inodes={inodes},mode={mode:04o},uid={CONTAINER_USER},gid={CONTAINER_USER}"
         );
         (SERVICE_DIRECTORY.to_owned(), options)
     });

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Resource};
 use super::spec;
 use crate::jail::{
     cgroup::{Cgroup, CgroupLimits},
-    plan::{Control, Template},
+    plan::{CONTAINER_USER, Control, Template},
 };
 
 /// The controls of a container in which `pid` is init; `init` is init's executable on
@@ -113,7 +113,7 @@ fn by_status(status: &str, template: &Template) -> Vec<Control> {
 fn is_nobody(status: &str) -> bool {
     let all_nobody = |name: &str| {
         let ids = status.lines().find_map(|line| line.strip_prefix(name));
-        let nobody = spec::USER.to_string();
+        let nobody = CONTAINER_USER.to_string();
         ids.is_some_and(|ids| ids.split_whitespace().all(|id| id == nobody))
     };
     ["Uid:", "Gid:", "Groups:"].into_iter().all(all_nobody)

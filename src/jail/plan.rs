@@ -28,6 +28,8 @@ pub const CONTAINER_MEMORY_MIN: u64 = 6 << 20;
 /// Processors in container mode: of the period that Docker takes for granted the kernel
 /// gives no smaller part, and with less a container's own start would take minutes.
 pub const CONTAINER_CPUS_MIN: MilliCpus = MilliCpus(10);
+/// Whom the program is in container mode, inside and (but for Docker's userns-remap) outside.
+pub const CONTAINER_USER: u32 = 65_534;
 
 /// Sets of policies that are kept where they are enforced: the current one, and superseded
 /// ones that a call may have been decided by a moment ago.

@@ -18,8 +18,8 @@ use crate::{
     jail::{
         decide,
         plan::{
-            Allowed, Container, Filesystem, HostUser, Limits, Mode, SyscallPolicy, Template,
-            TemplateId, TemplateSet,
+            Allowed, CONTAINER_USER, Container, Filesystem, HostUser, Limits, Mode, SyscallPolicy,
+            Template, TemplateId, TemplateSet,
         },
         seccomp::{deadly, filter::FilterError, profile::default_profile, syscalls},
     },
@@ -127,6 +127,9 @@ fn compile(
     mut warnings: Vec<Fault>,
 ) -> Result<Loaded, Vec<Fault>> {
     let mut profiles = Profiles { directory, known: BTreeMap::new() };
+    let has_containers = |policy: &Effective| check::may_run_in(&policy.resolved, Mode::Container);
+    let with_containers = effective.iter().find(|(_, policy)| has_containers(policy));
+    let with_containers = with_containers.map(|(name, _)| name.as_str());
     let mut policies = BTreeMap::new();
     let mut templates = Vec::new();
     for (name, policy) in &effective {
@@ -134,6 +137,11 @@ fn compile(
         warnings.extend(check::warnings(policy));
         let syscalls = profiles.syscalls(&policy.resolved, &mut faults);
         let user = direct_user(&policy.resolved, users, &mut faults);
+        if user.as_ref().is_some_and(|user| user.uid == CONTAINER_USER)
+            && let Some(other) = with_containers
+        {
+            warnings.push(shared_user_warning(&policy.resolved, other));
+        }
         let build = |variant: usize, holds: &Resolved| {
             let variant = u32::try_from(variant).unwrap_or(u32::MAX);
             build(TemplateId { policy: name.clone(), variant }, holds, syscalls.clone())
@@ -293,10 +301,8 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
     if !check::may_run_in(holds, Mode::Direct) {
         return None;
     }
-    let named = &holds.identity.user;
-    let name = named_or_nobody(&named.value);
-    let places = [&named.place, &holds.general.mode.place, &holds.general.allow_modes.place];
-    let place = places.into_iter().find(|place| place.is_written()).unwrap_or(&named.place);
+    let name = named_or_nobody(&holds.identity.user.value);
+    let place = direct_place(holds);
     let mut fault = |message: String| {
         let help = "write [identity] user with an unprivileged user of this host";
         faults.push(Fault::new(place, message, help));
@@ -312,6 +318,24 @@ fn direct_user(holds: &Resolved, users: Users<'_>, faults: &mut Vec<Fault>) -> O
         }
         Some(user) => Some(user),
     }
+}
+
+/// Where a policy says that it runs programs in direct mode, and as whom.
+fn direct_place(holds: &Resolved) -> &Place {
+    let named = &holds.identity.user.place;
+    let places = [named, &holds.general.mode.place, &holds.general.allow_modes.place];
+    places.into_iter().find(|place| place.is_written()).unwrap_or(named)
+}
+
+/// Docker gives every container's program this user, and to the kernel that is the host's.
+fn shared_user_warning(holds: &Resolved, other: &str) -> Fault {
+    let name = named_or_nobody(&holds.identity.user.value);
+    let message = format!(
+        "programs in direct mode run as {name}, and so do those in containers, which the policy \
+         {other} allows: the former can read and change the latter, and what they answer"
+    );
+    let help = "write [identity] user with another unprivileged user of this host";
+    Fault::new(direct_place(holds), message, help)
 }
 
 /// The profile alone was found to be possible when it was read.

@@ -274,6 +274,30 @@ fn surprising_policies_are_warned_about() {
 }
 
 #[test]
+fn direct_programs_of_the_user_of_containers_are_warned_about() {
+    let warnings = |direct: &str, other: &str| -> Vec<String> {
+        let loaded = load_files(&[("d.toml", direct), ("c.toml", other)]).unwrap();
+        loaded.warnings.iter().map(ToString::to_string).collect()
+    };
+    let (direct, container) = ("mode = \"direct\"\n", "mode = \"container\"\n");
+    for (one, other) in [
+        (direct, container),
+        (direct, "allow_modes = [\"container\"]\n"),
+        ("allow_modes = [\"direct\"]\n", container),
+        ("mode = \"direct\"\n[identity]\nuser = \"nobody\"\n", container),
+    ] {
+        let warnings = warnings(one, other);
+        assert_eq!(warnings.len(), 1, "{one} {warnings:?}");
+        let says = ["d.toml:", "run as nobody", "the policy c allows", "[identity] user"];
+        assert!(says.iter().all(|says| warnings[0].contains(says)), "{warnings:?}");
+    }
+    let alice = "mode = \"direct\"\n[identity]\nuser = \"alice\"\n";
+    for (one, other) in [(alice, container), (direct, ""), ("", container)] {
+        assert_eq!(warnings(one, other), [""; 0], "{one} {other}");
+    }
+}
+
+#[test]
 fn an_empty_directory_is_a_warning() {
     let loaded = load_files(&[]).unwrap();
     assert_eq!(loaded.warnings.len(), 1);
