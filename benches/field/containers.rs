@@ -48,11 +48,12 @@ pub fn measure(args: &Args, report: &mut Report) -> Outcome {
     let server = Server::start(args, &POLICIES)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut client = runtime.block_on(client::connect(&server.address))?;
-    let [inline, made] = client::both(MADE, &args.program("ok"))?;
-    let [_, ahead] = client::both(AHEAD, &args.program("ok"))?;
-    // The first brings the program, and has the image made.
-    call(&runtime, &mut client, inline)?;
-    call(&runtime, &mut client, ahead.clone())?;
+    let [made_first, made] = client::both(MADE, &args.program("ok"))?;
+    let [ahead_first, ahead] = client::both(AHEAD, &args.program("ok"))?;
+    // The first of each brings its namespace the program, and has the image made.
+    for first in [made_first, ahead_first] {
+        call(&runtime, &mut client, first)?;
+    }
     let mut samples = [const { vec![] }; 3];
     for round in 0..=rounds {
         for index in order(round, samples.len()) {

@@ -110,7 +110,7 @@ fn jail(policy: &Policy, steps: &mut Vec<String>) {
         "seccomp: {} system calls allowed, the deadly ones end the run",
         policy.syscalls.allowed.len()
     ));
-    steps.push(best_effort(&policy.best_effort));
+    steps.push(best_effort("", &policy.best_effort));
 }
 
 fn root(policy: &Policy) -> String {
@@ -162,7 +162,10 @@ fn container(policy: &Policy, steps: &mut Vec<String>) {
         policy.syscalls.allowed.len()
     ));
     steps.push("confirmed by the kernel's word before the program starts".to_owned());
-    steps.push(best_effort(&policy.best_effort));
+    steps.push(best_effort(
+        " that container mode has (not ns.user, host_uid, proc.restricted, landlock)",
+        &policy.best_effort,
+    ));
 }
 
 fn direct(policy: &Policy, steps: &mut Vec<String>) {
@@ -175,7 +178,7 @@ fn direct(policy: &Policy, steps: &mut Vec<String>) {
     steps.push(format!(
         "identity: the host's user {user}, no other groups, no capability, no_new_privs"
     ));
-    steps.push(best_effort(&policy.best_effort));
+    steps.push(best_effort(" that direct mode has", &policy.best_effort));
 }
 
 fn bind(bind: &Bind) -> String {
@@ -200,12 +203,12 @@ fn capabilities(policy: &Policy) -> String {
     format!("within its own user namespace {}", names.join(", "))
 }
 
-fn best_effort(controls: &[Control]) -> String {
-    if controls.is_empty() {
-        return "every control must be in force, or the call is refused".to_owned();
-    }
+/// What must be in force of the controls, or of those that this mode has.
+fn best_effort(of_mode: &str, controls: &[Control]) -> String {
     let words: Vec<&str> = controls.iter().map(|control| control.word()).collect();
-    format!("every control but {} must be in force, or the call is refused", words.join(", "))
+    let but = if words.is_empty() { "" } else { " but " };
+    let words = words.join(", ");
+    format!("every control{of_mode}{but}{words} must be in force, or the call is refused")
 }
 
 /// Before what an instance is made of, which comes next.

@@ -111,8 +111,11 @@ fn ended(outcome: &Outcome, terms: Option<&Terms>, when: &str) -> Summary {
         }
         Verdict::OutOfMemory => ("out_of_memory", "needed more memory than it may have".to_owned()),
         Verdict::SyscallDenied => {
-            let name = &outcome.denied_syscall;
-            ("syscall_denied", format!("made the forbidden system call {name}"))
+            let how = match outcome.denied_syscall.as_str() {
+                "" => "made a forbidden system call (which, a jail could tell)".to_owned(),
+                name => format!("made the forbidden system call {name}"),
+            };
+            ("syscall_denied", how)
         }
         Verdict::Failed => match &outcome.failure {
             Some((reason, text)) => (*reason, format!("was lost: {text}")),

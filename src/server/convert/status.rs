@@ -188,7 +188,9 @@ pub(super) fn ran(finished: &Finished, terms: Option<&Terms>) -> Summary {
         }
         Verdict::SyscallDenied => {
             let text = match outcome.denied_syscall.as_str() {
-                "" => "the program made a forbidden system call".to_owned(),
+                "" => "the program made a forbidden system call; which is not known: container \
+                       mode can't tell, a jail can"
+                    .to_owned(),
                 name => format!("the program made the forbidden system call {name}"),
             };
             with_status(summary(Code::PermissionDenied, "syscall_denied", text))
