@@ -340,7 +340,8 @@ fn growth(before: [(Option<usize>, u64); 2], after: [(Option<usize>, u64); 2]) -
 fn nothing_adds_up() {
     let tables = "[admission]\nconcurrency = 16\nqueue = \"unlimited\"\nqueue_timeout = \"5m\"\n[limits]\nmemory = \"64MiB\"\n";
     let dispatcher = Dispatcher::start([("jail", plain(tables)), ("direct", direct(tables))]);
-    let total = (2000.0 / slowness()) as usize;
+    // What each call leaves is seen among few as well, where many would take minutes.
+    let total = if slowness() > 1.0 { 96 } else { 2000 };
     let batch = |count: usize| {
         for start in (0..count).step_by(32) {
             let calls: Vec<_> = (start..count.min(start + 32))
