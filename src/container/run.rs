@@ -186,7 +186,7 @@ async fn tell(
     streams: &mut Streams,
     task: &Task,
 ) -> Result<[u8; NONCE_LEN], Untold> {
-    let failed = |step: &str, error: &io::Error| Untold::Refused(failed(step, error));
+    let failed = |step: &str, error: &io::Error| Untold::Refused(make::step(step, error));
     let (slot, executable) = (&container.slot, &task.fds.executable);
     // Of any size, and to a disk.
     tokio::task::block_in_place(|| slot.place(executable, task.launch.executable_size))
@@ -201,11 +201,6 @@ async fn tell(
         .map_err(|_| Untold::Deaf("it takes nothing".to_owned()))?
         .map_err(|error| Untold::Deaf(error.to_string()))?;
     Ok(nonce)
-}
-
-fn failed(step: &str, error: &io::Error) -> Refusal {
-    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    Refusal::Step { step: format!("container.{step}"), index: 0, errno }
 }
 
 /// A program that was started.
@@ -243,8 +238,8 @@ impl Begun {
         stop: &mut mpsc::Receiver<StopCause>,
     ) -> Result<Self, Refusal> {
         let pipe = |fd: &std::os::fd::OwnedFd| pipe::Sender::from_owned_fd(fd.try_clone()?);
-        let stdout = pipe(&task.fds.stdout).map_err(|error| failed("stdout", &error))?;
-        let stderr = pipe(&task.fds.stderr).map_err(|error| failed("stderr", &error))?;
+        let stdout = pipe(&task.fds.stdout).map_err(|error| make::step("stdout", &error))?;
+        let stderr = pipe(&task.fds.stderr).map_err(|error| make::step("stderr", &error))?;
         let listening = match &container.service {
             Some(service) => {
                 let until = (Instant::now() + LISTENER_WAIT).min(task.received + BEGIN_WAIT);

@@ -491,19 +491,24 @@ async fn a_reload_during_a_start_loses_no_call() {
     assert!(!bench.is_warm(inline()).await);
 }
 
-#[tokio::test]
-async fn a_start_for_nobody_makes_room_for_another_shape() {
-    // What is started with an argument never answers.
+/// One instance at a time, which may start for ever; what is started with an argument does this.
+fn with_one_place(with_argument: fn() -> Behaviour) -> Bench {
     let calls = Arc::new(AtomicU32::new(0));
     let answerer = answerer(Arc::clone(&calls));
     let limits = |policy: &mut Policy| {
         policy.instances.max = 1;
         policy.instances.start_timeout = Limit::Unlimited;
     };
-    let bench = with(PLENTY, limits, calls, move |launch| match launch.argc > 1 {
+    with(PLENTY, limits, calls, move |launch| match launch.argc > 1 {
         false => Behaviour::Serve(Arc::clone(&answerer)),
-        true => Behaviour::Wait,
-    });
+        true => with_argument(),
+    })
+}
+
+#[tokio::test]
+async fn a_start_for_nobody_makes_room_for_another_shape() {
+    // What is started with an argument never answers.
+    let bench = with_one_place(|| Behaviour::Wait);
     let mut deaf = inline();
     deaf.args = vec!["deaf".into()];
     let left = tokio::time::timeout(Duration::from_millis(100), bench.call(deaf)).await;

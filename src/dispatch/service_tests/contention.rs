@@ -61,12 +61,8 @@ async fn one_that_was_left_a_call_is_looked_at_under_steady_load() {
         counted.fetch_add(1, Ordering::Relaxed);
         inner(stream);
     });
-    let bench = with(
-        PLENTY,
-        |policy| policy.instances.max = 1,
-        calls,
-        move |_| Behaviour::Serve(Arc::clone(&counting)),
-    );
+    let serve = move |_: &_| Behaviour::Serve(Arc::clone(&counting));
+    let bench = with(PLENTY, |policy| policy.instances.max = 1, calls, serve);
     let bench = Arc::new(bench);
     assert!(!bench.is_warm(inline()).await);
     let looked_at = Arc::new(AtomicU32::new(0));
@@ -139,12 +135,8 @@ async fn two_that_want_different_ones_where_one_may_be_take_turns() {
             inner(stream);
         });
     });
-    let bench = with(
-        PLENTY,
-        |policy| policy.instances.max = 1,
-        calls,
-        move |_| Behaviour::Serve(Arc::clone(&slow)),
-    );
+    let serve = move |_: &_| Behaviour::Serve(Arc::clone(&slow));
+    let bench = with(PLENTY, |policy| policy.instances.max = 1, calls, serve);
     let bench = Arc::new(bench);
     let call = |word: &'static str| {
         let bench = Arc::clone(&bench);
@@ -178,17 +170,8 @@ async fn two_that_want_different_ones_where_one_may_be_take_turns() {
 /// One that was given up has its place until it is gone.
 #[tokio::test]
 async fn there_are_never_more_than_may_be() {
-    let calls = Arc::new(AtomicU32::new(0));
-    let answerer = answerer(Arc::clone(&calls));
-    let limits = |policy: &mut Policy| {
-        policy.instances.max = 1;
-        policy.instances.start_timeout = Limit::Unlimited;
-    };
-    let bench = with(PLENTY, limits, calls, move |launch| match launch.argc > 1 {
-        false => Behaviour::Serve(Arc::clone(&answerer)),
-        // Neither answers nor heeds its stop.
-        true => Behaviour::Hang,
-    });
+    // It neither answers nor heeds its stop.
+    let bench = with_one_place(|| Behaviour::Hang);
     let bench = Arc::new(bench);
     let left = timeout(Duration::from_millis(100), bench.call(with_args("SayHello", "deaf"))).await;
     assert!(left.is_err(), "its caller goes away while it starts");

@@ -133,8 +133,8 @@ impl Ahead {
     /// When [`Launcher::build_ahead`] has something to do, with at most `most` jails
     /// and nothing to disturb from `quiet` on.
     pub(super) fn due(&self, most: usize, now: Instant, quiet: Instant) -> Option<Instant> {
-        let can_have = |demand: &&Demand| demand.lacks_any() && self.has_room_for(demand, most);
-        let wanting = self.demands.values().filter(can_have);
+        let bound = self.each_may_have(most);
+        let wanting = self.demands.values().filter(|demand| demand.lacks_any_below(bound));
         let due = |demand: &Demand| {
             let begin = if demand.filling { now } else { quiet };
             demand.retry_at.map_or(begin, |retry| retry.max(begin))
@@ -146,11 +146,14 @@ impl Ahead {
         self.demands.values().map(|demand| demand.jails.len()).sum()
     }
 
-    /// Whether one more may wait for its calls, if need be in another's place.
-    fn has_room_for(&self, demand: &Demand, most: usize) -> bool {
-        let fullest = || self.demands.values().map(|other| other.jails.len()).max().unwrap_or(0);
+    /// A template that has fewer may have one more, if need be in the place of another's.
+    fn each_may_have(&self, most: usize) -> usize {
+        if self.count() < most {
+            return usize::MAX;
+        }
+        let fullest = self.demands.values().map(|demand| demand.jails.len()).max();
         // With less between them, they would take turns for ever.
-        self.count() < most || most > 0 && fullest() >= demand.jails.len() + 2
+        fullest.filter(|_| most > 0).map_or(0, |fullest| fullest.saturating_sub(1))
     }
 
     /// The oldest jail of the template that has the most.
@@ -224,6 +227,10 @@ impl Demand {
         self.jails.len() < self.wanted()
     }
 
+    fn lacks_any_below(&self, bound: usize) -> bool {
+        self.lacks_any() && self.jails.len() < bound
+    }
+
     fn back_off(&mut self, now: Instant) {
         self.retry_at = Some(now + self.retry);
         self.retry = (self.retry * 2).min(RETRY_MAX);
@@ -277,9 +284,9 @@ impl Launcher {
             self.review_ahead(now);
         }
         let most = self.most_ahead();
+        let bound = self.ahead.each_may_have(most);
         let wants = |demand: &Demand| {
-            demand.lacks_any()
-                && self.ahead.has_room_for(demand, most)
+            demand.lacks_any_below(bound)
                 && (is_quiet || demand.filling)
                 && demand.retry_at.is_none_or(|at| at <= now)
         };
@@ -293,14 +300,14 @@ impl Launcher {
             return false;
         };
         let (key, prepared) = (key.clone(), Rc::clone(&demand.prepared));
-        let lacking = demand.wanted() - demand.jails.len();
+        let wanting = demand.wanted() - demand.jails.len();
         if self.ahead.count() >= most
             && let Some(serial) = self.ahead.give_way()
         {
             self.retire(serial);
         }
-        let lacking = lacking.min(most.saturating_sub(self.ahead.count()));
-        let count = lacking.min(if self.is_crowded(now) { BATCH } else { 1 });
+        let room = most.saturating_sub(self.ahead.count());
+        let count = wanting.min(room).min(if self.is_crowded(now) { BATCH } else { 1 });
         // Before they are built: what changes meanwhile is a change.
         let shown = self.ahead.shown(&prepared.template);
         for built in self.build_for_later(&prepared, key.1, count) {
